@@ -1,0 +1,117 @@
+// Affine coupling on the CPU: y = s * x + t and log|det| in one pass, and its gradient in one pass.
+
+#include "common.h"
+
+namespace fastgen {
+
+enum class CouplingScale { kExp, kTanh, kSigmoid, kAtan };
+
+template <class S>
+struct CouplingForward {
+  const S *x, *raw, *shift;
+  std::int64_t x_stride, raw_stride, shift_stride, size;
+  S* y;
+  acc_t<S>* partial;
+  CouplingScale scale;
+  bool inverse;
+  double factor;
+};
+
+template <class S>
+struct CouplingBackward {
+  const S* grad_y;
+  const acc_t<S>* grad_log_det;
+  const S *x, *raw, *shift;
+  std::int64_t grad_y_stride, x_stride, raw_stride, shift_stride, size;
+  S *grad_x, *grad_raw, *grad_shift;
+  CouplingScale scale;
+  bool inverse;
+  double factor;
+};
+
+template <class F>
+void dispatch_coupling(CouplingScale scale, bool inverse, F&& f) {
+  const auto with = [&](auto s) { inverse ? f(s, std::true_type{}) : f(s, std::false_type{}); };
+  switch (scale) {
+    case CouplingScale::kExp:
+      return with(std::integral_constant<CouplingScale, CouplingScale::kExp>{});
+    case CouplingScale::kTanh:
+      return with(std::integral_constant<CouplingScale, CouplingScale::kTanh>{});
+    case CouplingScale::kSigmoid:
+      return with(std::integral_constant<CouplingScale, CouplingScale::kSigmoid>{});
+    case CouplingScale::kAtan:
+      return with(std::integral_constant<CouplingScale, CouplingScale::kAtan>{});
+  }
+}
+
+}  // namespace fastgen
+
+#define FASTGEN_ISA_FILE "affine_coupling_kernel.h"
+#include "foreach_isa.h"
+
+namespace fastgen {
+namespace {
+
+CouplingScale parse_scale(const std::string& name) {
+  if (name == "exp") return CouplingScale::kExp;
+  if (name == "tanh") return CouplingScale::kTanh;
+  if (name == "sigmoid") return CouplingScale::kSigmoid;
+  STD_TORCH_CHECK(name == "atan", "affine_coupling: unknown scale '", name, "'");
+  return CouplingScale::kAtan;
+}
+
+std::tuple<Tensor, Tensor> affine_coupling_fwd(const Tensor& x, const Tensor& raw_scale, const Tensor& shift,
+                                               std::string scale, bool inverse, double scale_factor) {
+  check_like(raw_scale, x, "affine_coupling: raw_scale");
+  check_like(shift, x, "affine_coupling: shift");
+  const Rows xs(x), raws(raw_scale), shifts(shift);
+  Tensor y = empty_contiguous(x);
+  Tensor log_det = new_empty(x, {xs.count}, acc_type(x.scalar_type()));
+  dispatch_dtype(x.scalar_type(), "affine_coupling", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    std::vector<acc_t<S>> partial(xs.count * pieces(xs.size));
+    const CouplingForward<S> args{xs.row<S>(0),     raws.row<S>(0), shifts.row<S>(0), xs.stride,
+                                  raws.stride,      shifts.stride,  xs.size,          data<S>(y),
+                                  partial.data(),   parse_scale(scale), inverse,      scale_factor};
+    parallel_pieces(xs.count, xs.size, [&](std::int64_t begin, std::int64_t end) {
+      FASTGEN_DISPATCH_ISA(coupling_forward, args, begin, end);
+    });
+    sum_pieces(partial, xs.count, data<acc_t<S>>(log_det));
+  });
+  return {y, log_det};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(const Tensor& grad_y, const Tensor& grad_log_det,
+                                                       const Tensor& x, const Tensor& raw_scale,
+                                                       const Tensor& shift, std::string scale, bool inverse,
+                                                       double scale_factor) {
+  check_like(raw_scale, x, "affine_coupling: raw_scale");
+  check_like(shift, x, "affine_coupling: shift");
+  check_like(grad_y, x, "affine_coupling: grad_y");
+  check_shape(grad_log_det, {x.size(0)}, acc_type(x.scalar_type()), "affine_coupling: grad_log_det");
+  const Rows gys(grad_y), xs(x), raws(raw_scale), shifts(shift);
+  const Tensor gld = torch::stable::contiguous(grad_log_det);
+  Tensor grad_x = empty_contiguous(x), grad_raw = empty_contiguous(x), grad_shift = empty_contiguous(x);
+  dispatch_dtype(x.scalar_type(), "affine_coupling", [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    const CouplingBackward<S> args{gys.row<S>(0),    data<acc_t<S>>(gld), xs.row<S>(0),
+                                   raws.row<S>(0),   shifts.row<S>(0),    gys.stride,
+                                   xs.stride,        raws.stride,         shifts.stride,
+                                   xs.size,          data<S>(grad_x),     data<S>(grad_raw),
+                                   data<S>(grad_shift), parse_scale(scale), inverse,
+                                   scale_factor};
+    parallel_pieces(xs.count, xs.size, [&](std::int64_t begin, std::int64_t end) {
+      FASTGEN_DISPATCH_ISA(coupling_backward, args, begin, end);
+    });
+  });
+  return {grad_x, grad_raw, grad_shift};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("affine_coupling_fwd", TORCH_BOX(&affine_coupling_fwd));
+  m.impl("affine_coupling_bwd", TORCH_BOX(&affine_coupling_bwd));
+}
+
+}  // namespace fastgen

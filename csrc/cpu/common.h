@@ -1,0 +1,162 @@
+// What every CPU op file includes first: system headers (they must come before any target pragma), the
+// stable ABI, and small helpers over tensors.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "isa.h"
+
+namespace fastgen {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The type arithmetic is done in: float for half and bfloat16.
+template <class S>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class S>
+using acc_t = typename Accumulate<S>::type;
+
+// Per-sample results (KL, log-det, distances) are float32 but for float64 inputs.
+inline ScalarType acc_type(ScalarType t) {
+  return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f with a null pointer of the tensor's element type: float, double, half or bfloat16.
+template <class F>
+void dispatch_dtype(ScalarType t, const char* op, F&& f) {
+  switch (t) {
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    case ScalarType::Double:
+      return f(static_cast<double*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<Half*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    default:
+      STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16");
+  }
+}
+
+// A (B, ...) tensor as B rows of M elements that lie densely, whatever the distance between rows: slices of a
+// larger tensor (the halves of a coupling, chunks of a conditioner's output) are used where they lie.
+struct Rows {
+  Tensor tensor;
+  std::int64_t count, size, stride;
+
+  explicit Rows(const Tensor& t) : tensor(t) {
+    if (!dense_rows(tensor)) tensor = torch::stable::contiguous(t);
+    count = tensor.size(0);
+    size = count == 0 ? 0 : tensor.numel() / count;
+    stride = count > 1 ? tensor.stride(0) : size;
+  }
+
+  template <class S>
+  const S* row(std::int64_t i) const {
+    return static_cast<const S*>(tensor.data_ptr()) + i * stride;
+  }
+
+ private:
+  static bool dense_rows(const Tensor& t) {
+    std::int64_t expected = 1;
+    for (std::int64_t d = t.dim() - 1; d > 0; --d) {
+      if (t.size(d) != 1 && t.stride(d) != expected) return false;
+      expected *= t.size(d);
+    }
+    return true;
+  }
+};
+
+// Rows are cut into pieces of kPiece elements; each piece gives one partial sum, and the pieces of a row are added
+// in order. The result depends on neither the number of threads nor how the pieces were handed out.
+constexpr std::int64_t kPiece = 4096;
+
+inline std::int64_t pieces(std::int64_t row_size) {
+  return std::max<std::int64_t>(1, (row_size + kPiece - 1) / kPiece);
+}
+
+// f(begin, end) over ranges of the count * pieces(row_size) pieces, in parallel where there is enough work.
+template <class F>
+void parallel_pieces(std::int64_t count, std::int64_t row_size, F&& f) {
+  const std::int64_t cost = std::clamp<std::int64_t>(row_size, 1, kPiece);
+  torch::stable::parallel_for(0, count * pieces(row_size), std::max<std::int64_t>(1, 16384 / cost), f);
+}
+
+// The row and the element range [first, last) of piece i.
+struct Piece {
+  std::int64_t row, first, last;
+  Piece(std::int64_t i, std::int64_t row_size)
+      : row(i / pieces(row_size)),
+        first(i % pieces(row_size) * kPiece),
+        last(std::min(row_size, first + kPiece)) {}
+};
+
+// Adds up each row's partial sums, in order.
+template <class T>
+void sum_pieces(const std::vector<T>& partial, std::int64_t count, T* out) {
+  const std::int64_t per_row = count == 0 ? 0 : static_cast<std::int64_t>(partial.size()) / count;
+  for (std::int64_t r = 0; r < count; ++r) {
+    double total = 0;
+    for (std::int64_t p = 0; p < per_row; ++p) total += static_cast<double>(partial[r * per_row + p]);
+    out[r] = static_cast<T>(total);
+  }
+}
+
+inline std::vector<std::int64_t> sizes(const Tensor& t) {
+  std::vector<std::int64_t> result(t.dim());
+  for (std::int64_t d = 0; d < t.dim(); ++d) result[d] = t.size(d);
+  return result;
+}
+
+// The raw operators are reachable as torch.ops.fastgen.*, past the checks of the public functions, so each repeats
+// what its memory accesses rely on. `what` is "<op>: <argument>".
+inline void check_shape(const Tensor& t, const std::vector<std::int64_t>& shape, ScalarType dtype, const char* what) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && sizes(t) == shape, what,
+                  " has the wrong device, dtype or shape");
+}
+
+inline void check_like(const Tensor& t, const Tensor& like, const char* what) {
+  STD_TORCH_CHECK(like.dim() >= 1, what, " must have at least one dimension");
+  check_shape(t, sizes(like), like.scalar_type(), what);
+}
+
+inline Tensor empty_contiguous(const Tensor& like) { return torch::stable::new_empty(like, sizes(like)); }
+
+inline Tensor new_empty(const Tensor& like, std::vector<std::int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+}  // namespace fastgen

@@ -1,0 +1,449 @@
+// Vectors of float, double and 32-bit words for one instruction set. Read once per instruction set by
+// foreach_isa.h (so: no include guard, no system headers here); FASTGEN_ISA_NS names the set.
+//
+// Vec<T>: `width` lanes of T. Arithmetic is IEEE, fma() is a true fused multiply-add on AVX2 and AVX-512 and
+// a*b + c on the portable path. Compile with -ffp-contract=off, so the same source gives the same bits on AVX2
+// and AVX-512 lane by lane. half and bfloat16 exist only in memory: load/store convert from and to float.
+
+namespace fastgen::FASTGEN_ISA_NS {
+
+template <class T>
+struct Vec;
+template <class T>
+struct Mask;
+
+#if defined(FASTGEN_SIMD_AVX512)
+
+#define FASTGEN_VEC512(T, REG, S, W, MASK)                                                                    \
+  template <>                                                                                                 \
+  struct Mask<T> {                                                                                            \
+    MASK m;                                                                                                   \
+    static Mask first(int n) { return {static_cast<MASK>((1u << n) - 1u)}; }                                  \
+    bool any() const { return m != 0; }                                                                       \
+    unsigned bits() const { return m; }                                                                       \
+  };                                                                                                          \
+  inline Mask<T> operator&(Mask<T> a, Mask<T> b) { return {static_cast<MASK>(a.m & b.m)}; }                   \
+  inline Mask<T> operator|(Mask<T> a, Mask<T> b) { return {static_cast<MASK>(a.m | b.m)}; }                   \
+  inline Mask<T> operator~(Mask<T> a) { return {static_cast<MASK>(~a.m)}; }                                   \
+  template <>                                                                                                 \
+  struct Vec<T> {                                                                                             \
+    static constexpr int width = W;                                                                           \
+    REG v;                                                                                                    \
+    Vec() = default;                                                                                          \
+    Vec(REG r) : v(r) {}                                                                                      \
+    Vec(T s) : v(_mm512_set1_##S(s)) {}                                                                       \
+    static Vec load(const T* p) { return _mm512_loadu_##S(p); }                                               \
+    static Vec load_n(const T* p, int n) {                                                                    \
+      return _mm512_maskz_loadu_##S(Mask<T>::first(n).m, p);                                                  \
+    }                                                                                                         \
+    void store(T* p) const { _mm512_storeu_##S(p, v); }                                                       \
+    void store_n(T* p, int n) const { _mm512_mask_storeu_##S(p, Mask<T>::first(n).m, v); }                    \
+  };                                                                                                          \
+  inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return _mm512_add_##S(a.v, b.v); }                            \
+  inline Vec<T> operator-(Vec<T> a, Vec<T> b) { return _mm512_sub_##S(a.v, b.v); }                            \
+  inline Vec<T> operator*(Vec<T> a, Vec<T> b) { return _mm512_mul_##S(a.v, b.v); }                            \
+  inline Vec<T> operator/(Vec<T> a, Vec<T> b) { return _mm512_div_##S(a.v, b.v); }                            \
+  inline Vec<T> operator-(Vec<T> a) { return _mm512_xor_##S(a.v, _mm512_set1_##S(T(-0.0))); }                 \
+  inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm512_fmadd_##S(a.v, b.v, c.v); }                 \
+  inline Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm512_fnmadd_##S(a.v, b.v, c.v); }               \
+  inline Vec<T> min(Vec<T> a, Vec<T> b) { return _mm512_min_##S(a.v, b.v); }                                  \
+  inline Vec<T> max(Vec<T> a, Vec<T> b) { return _mm512_max_##S(a.v, b.v); }                                  \
+  inline Vec<T> abs(Vec<T> a) { return _mm512_abs_##S(a.v); }                                                 \
+  inline Vec<T> sqrt(Vec<T> a) { return _mm512_sqrt_##S(a.v); }                                               \
+  inline Vec<T> round(Vec<T> a) { return _mm512_roundscale_##S(a.v, 8); }                                     \
+  inline Vec<T> floor(Vec<T> a) { return _mm512_roundscale_##S(a.v, 9); }                                     \
+  inline Mask<T> operator<(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_LT_OQ)}; }      \
+  inline Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_LE_OQ)}; }     \
+  inline Mask<T> operator==(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_EQ_OQ)}; }     \
+  inline Mask<T> is_nan(Vec<T> a) { return {_mm512_cmp_##S##_mask(a.v, a.v, _CMP_UNORD_Q)}; }                 \
+  inline Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) { return _mm512_mask_blend_##S(m.m, b.v, a.v); }
+FASTGEN_VEC512(float, __m512, ps, 16, __mmask16)
+FASTGEN_VEC512(double, __m512d, pd, 8, __mmask8)
+#undef FASTGEN_VEC512
+
+// 32-bit words, as many as Vec<float> has lanes; signedness is in the operation's name.
+struct Words {
+  static constexpr int width = 16;
+  __m512i v;
+  Words() = default;
+  Words(__m512i r) : v(r) {}
+  Words(std::uint32_t s) : v(_mm512_set1_epi32(static_cast<int>(s))) {}
+  static Words load(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
+  void store(std::uint32_t* p) const { _mm512_storeu_si512(p, v); }
+  static Words iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  template <int N>
+  Words shl() const { return _mm512_slli_epi32(v, N); }
+  template <int N>
+  Words shr() const { return _mm512_srli_epi32(v, N); }
+};
+inline Words operator+(Words a, Words b) { return _mm512_add_epi32(a.v, b.v); }
+inline Words operator-(Words a, Words b) { return _mm512_sub_epi32(a.v, b.v); }
+inline Words operator&(Words a, Words b) { return _mm512_and_si512(a.v, b.v); }
+inline Words operator|(Words a, Words b) { return _mm512_or_si512(a.v, b.v); }
+inline Words operator^(Words a, Words b) { return _mm512_xor_si512(a.v, b.v); }
+inline Words bits(Vec<float> a) { return _mm512_castps_si512(a.v); }
+inline Vec<float> as_float(Words a) { return _mm512_castsi512_ps(a.v); }
+inline Words to_int(Vec<float> a) { return _mm512_cvtps_epi32(a.v); }
+inline Vec<float> int_to_float(Words a) { return _mm512_cvtepi32_ps(a.v); }
+
+inline Vec<float> load(const BFloat16* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+inline Vec<float> load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(BFloat16* p, Vec<float> a) {
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i kept = _mm512_mask_blend_epi32(is_nan(a).m, rounded, _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+inline void store(Half* p, Vec<float> a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, 0));
+}
+
+#elif defined(FASTGEN_SIMD_AVX2)
+
+alignas(32) constexpr std::int32_t kTail32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+alignas(32) constexpr std::int64_t kTail64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+
+inline __m256i tail_mask(float, int n) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kTail32 + 8 - n));
+}
+inline __m256i tail_mask(double, int n) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kTail64 + 4 - n));
+}
+
+#define FASTGEN_VEC256(T, REG, S, W)                                                                          \
+  template <>                                                                                                 \
+  struct Mask<T> {                                                                                            \
+    REG m;                                                                                                    \
+    static Mask first(int n) { return {_mm256_castsi256_##S(tail_mask(T(), n))}; }                            \
+    bool any() const { return bits() != 0; }                                                                  \
+    unsigned bits() const { return static_cast<unsigned>(_mm256_movemask_##S(m)); }                           \
+  };                                                                                                          \
+  inline Mask<T> operator&(Mask<T> a, Mask<T> b) { return {_mm256_and_##S(a.m, b.m)}; }                       \
+  inline Mask<T> operator|(Mask<T> a, Mask<T> b) { return {_mm256_or_##S(a.m, b.m)}; }                        \
+  inline Mask<T> operator~(Mask<T> a) {                                                                       \
+    return {_mm256_xor_##S(a.m, _mm256_castsi256_##S(_mm256_set1_epi32(-1)))};                                \
+  }                                                                                                           \
+  template <>                                                                                                 \
+  struct Vec<T> {                                                                                             \
+    static constexpr int width = W;                                                                           \
+    REG v;                                                                                                    \
+    Vec() = default;                                                                                          \
+    Vec(REG r) : v(r) {}                                                                                      \
+    Vec(T s) : v(_mm256_set1_##S(s)) {}                                                                       \
+    static Vec load(const T* p) { return _mm256_loadu_##S(p); }                                               \
+    static Vec load_n(const T* p, int n) { return _mm256_maskload_##S(p, tail_mask(T(), n)); }                \
+    void store(T* p) const { _mm256_storeu_##S(p, v); }                                                       \
+    void store_n(T* p, int n) const { _mm256_maskstore_##S(p, tail_mask(T(), n), v); }                        \
+  };                                                                                                          \
+  inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return _mm256_add_##S(a.v, b.v); }                            \
+  inline Vec<T> operator-(Vec<T> a, Vec<T> b) { return _mm256_sub_##S(a.v, b.v); }                            \
+  inline Vec<T> operator*(Vec<T> a, Vec<T> b) { return _mm256_mul_##S(a.v, b.v); }                            \
+  inline Vec<T> operator/(Vec<T> a, Vec<T> b) { return _mm256_div_##S(a.v, b.v); }                            \
+  inline Vec<T> operator-(Vec<T> a) { return _mm256_xor_##S(a.v, _mm256_set1_##S(T(-0.0))); }                 \
+  inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm256_fmadd_##S(a.v, b.v, c.v); }                 \
+  inline Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm256_fnmadd_##S(a.v, b.v, c.v); }               \
+  inline Vec<T> min(Vec<T> a, Vec<T> b) { return _mm256_min_##S(a.v, b.v); }                                  \
+  inline Vec<T> max(Vec<T> a, Vec<T> b) { return _mm256_max_##S(a.v, b.v); }                                  \
+  inline Vec<T> abs(Vec<T> a) { return _mm256_andnot_##S(_mm256_set1_##S(T(-0.0)), a.v); }                    \
+  inline Vec<T> sqrt(Vec<T> a) { return _mm256_sqrt_##S(a.v); }                                               \
+  inline Vec<T> round(Vec<T> a) { return _mm256_round_##S(a.v, 8); }                                          \
+  inline Vec<T> floor(Vec<T> a) { return _mm256_round_##S(a.v, 9); }                                          \
+  inline Mask<T> operator<(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_LT_OQ)}; }             \
+  inline Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_LE_OQ)}; }            \
+  inline Mask<T> operator==(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_EQ_OQ)}; }            \
+  inline Mask<T> is_nan(Vec<T> a) { return {_mm256_cmp_##S(a.v, a.v, _CMP_UNORD_Q)}; }                        \
+  inline Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) { return _mm256_blendv_##S(b.v, a.v, m.m); }
+FASTGEN_VEC256(float, __m256, ps, 8)
+FASTGEN_VEC256(double, __m256d, pd, 4)
+#undef FASTGEN_VEC256
+
+struct Words {
+  static constexpr int width = 8;
+  __m256i v;
+  Words() = default;
+  Words(__m256i r) : v(r) {}
+  Words(std::uint32_t s) : v(_mm256_set1_epi32(static_cast<int>(s))) {}
+  static Words load(const std::uint32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  void store(std::uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static Words iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  template <int N>
+  Words shl() const { return _mm256_slli_epi32(v, N); }
+  template <int N>
+  Words shr() const { return _mm256_srli_epi32(v, N); }
+};
+inline Words operator+(Words a, Words b) { return _mm256_add_epi32(a.v, b.v); }
+inline Words operator-(Words a, Words b) { return _mm256_sub_epi32(a.v, b.v); }
+inline Words operator&(Words a, Words b) { return _mm256_and_si256(a.v, b.v); }
+inline Words operator|(Words a, Words b) { return _mm256_or_si256(a.v, b.v); }
+inline Words operator^(Words a, Words b) { return _mm256_xor_si256(a.v, b.v); }
+inline Words bits(Vec<float> a) { return _mm256_castps_si256(a.v); }
+inline Vec<float> as_float(Words a) { return _mm256_castsi256_ps(a.v); }
+inline Words to_int(Vec<float> a) { return _mm256_cvtps_epi32(a.v); }
+inline Vec<float> int_to_float(Words a) { return _mm256_cvtepi32_ps(a.v); }
+
+inline Vec<float> load(const BFloat16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+inline Vec<float> load(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(BFloat16* p, Vec<float> a) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000),
+                                          _mm256_castps_si256(is_nan(a).m));
+  const __m256i h = _mm256_srli_epi32(kept, 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store(Half* p, Vec<float> a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, 0));
+}
+
+#else  // portable: plain loops that any compiler turns into whatever the target has
+
+#define FASTGEN_EACH for (int i = 0; i < width; ++i)
+
+template <class T>
+struct Mask {
+  static constexpr int width = 32 / sizeof(T);
+  bool m[width];
+  static Mask first(int n) {
+    Mask r;
+    FASTGEN_EACH r.m[i] = i < n;
+    return r;
+  }
+  friend Mask operator&(Mask a, Mask b) {
+    FASTGEN_EACH a.m[i] = a.m[i] && b.m[i];
+    return a;
+  }
+  friend Mask operator|(Mask a, Mask b) {
+    FASTGEN_EACH a.m[i] = a.m[i] || b.m[i];
+    return a;
+  }
+  friend Mask operator~(Mask a) {
+    FASTGEN_EACH a.m[i] = !a.m[i];
+    return a;
+  }
+  bool any() const { return bits() != 0; }
+  unsigned bits() const {
+    unsigned r = 0;
+    FASTGEN_EACH r |= static_cast<unsigned>(m[i]) << i;
+    return r;
+  }
+};
+
+template <class T>
+struct Vec {
+  static constexpr int width = 32 / sizeof(T);
+  T v[width];
+  Vec() = default;
+  Vec(T s) { FASTGEN_EACH v[i] = s; }
+  static Vec load(const T* p) { return load_n(p, width); }
+  static Vec load_n(const T* p, int n) {
+    Vec r;
+    FASTGEN_EACH r.v[i] = i < n ? p[i] : T(0);
+    return r;
+  }
+  void store(T* p) const { FASTGEN_EACH p[i] = v[i]; }
+  void store_n(T* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                    \
+  friend Vec NAME(Vec a, Vec b) {                                                                             \
+    FASTGEN_EACH a.v[i] = EXPRESSION;                                                                         \
+    return a;                                                                                                 \
+  }
+  FASTGEN_LANEWISE(operator+, a.v[i] + b.v[i])
+  FASTGEN_LANEWISE(operator-, a.v[i] - b.v[i])
+  FASTGEN_LANEWISE(operator*, a.v[i] * b.v[i])
+  FASTGEN_LANEWISE(operator/, a.v[i] / b.v[i])
+  FASTGEN_LANEWISE(min, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+  FASTGEN_LANEWISE(max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+#undef FASTGEN_LANEWISE
+#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                    \
+  friend Vec NAME(Vec a) {                                                                                    \
+    FASTGEN_EACH a.v[i] = EXPRESSION;                                                                         \
+    return a;                                                                                                 \
+  }
+  FASTGEN_LANEWISE(operator-, -a.v[i])
+  FASTGEN_LANEWISE(abs, std::fabs(a.v[i]))
+  FASTGEN_LANEWISE(sqrt, std::sqrt(a.v[i]))
+  FASTGEN_LANEWISE(round, std::nearbyint(a.v[i]))
+  FASTGEN_LANEWISE(floor, std::floor(a.v[i]))
+#undef FASTGEN_LANEWISE
+#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                    \
+  friend Mask<T> NAME(Vec a, Vec b) {                                                                         \
+    Mask<T> r;                                                                                                \
+    FASTGEN_EACH r.m[i] = EXPRESSION;                                                                         \
+    return r;                                                                                                 \
+  }
+  FASTGEN_LANEWISE(operator<, a.v[i] < b.v[i])
+  FASTGEN_LANEWISE(operator<=, a.v[i] <= b.v[i])
+  FASTGEN_LANEWISE(operator==, a.v[i] == b.v[i])
+#undef FASTGEN_LANEWISE
+  friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  friend Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
+  friend Mask<T> is_nan(Vec a) { return ~(a == a); }
+  friend Vec select(Mask<T> m, Vec a, Vec b) {
+    FASTGEN_EACH a.v[i] = m.m[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+};
+
+struct Words {
+  static constexpr int width = Vec<float>::width;
+  std::uint32_t v[width];
+  Words() = default;
+  Words(std::uint32_t s) { FASTGEN_EACH v[i] = s; }
+  static Words load(const std::uint32_t* p) {
+    Words r;
+    FASTGEN_EACH r.v[i] = p[i];
+    return r;
+  }
+  void store(std::uint32_t* p) const { FASTGEN_EACH p[i] = v[i]; }
+  static Words iota() {
+    Words r;
+    FASTGEN_EACH r.v[i] = static_cast<std::uint32_t>(i);
+    return r;
+  }
+#define FASTGEN_LANEWISE(OPERATOR)                                                                            \
+  friend Words operator OPERATOR(Words a, Words b) {                                                          \
+    FASTGEN_EACH a.v[i] = a.v[i] OPERATOR b.v[i];                                                             \
+    return a;                                                                                                 \
+  }
+  FASTGEN_LANEWISE(+)
+  FASTGEN_LANEWISE(-)
+  FASTGEN_LANEWISE(&)
+  FASTGEN_LANEWISE(|)
+  FASTGEN_LANEWISE(^)
+#undef FASTGEN_LANEWISE
+  template <int N>
+  Words shl() const {
+    Words r;
+    FASTGEN_EACH r.v[i] = v[i] << N;
+    return r;
+  }
+  template <int N>
+  Words shr() const {
+    Words r;
+    FASTGEN_EACH r.v[i] = v[i] >> N;
+    return r;
+  }
+};
+inline Words bits(Vec<float> a) {
+  Words r;
+  std::memcpy(&r, &a, sizeof(r));
+  return r;
+}
+inline Vec<float> as_float(Words a) {
+  Vec<float> r;
+  std::memcpy(&r, &a, sizeof(r));
+  return r;
+}
+inline Words to_int(Vec<float> a) {
+  Words r;
+  for (int i = 0; i < Words::width; ++i) {
+    // Out of range saturates like the x86 instruction; a plain cast would be undefined.
+    const float x = std::nearbyint(a.v[i]);
+    r.v[i] = x >= -2147483648.0f && x < 2147483648.0f ? static_cast<std::uint32_t>(static_cast<std::int32_t>(x))
+                                                      : 0x80000000u;
+  }
+  return r;
+}
+inline Vec<float> int_to_float(Words a) {
+  Vec<float> r;
+  for (int i = 0; i < Words::width; ++i) r.v[i] = static_cast<float>(static_cast<std::int32_t>(a.v[i]));
+  return r;
+}
+
+template <class H>
+inline Vec<float> load(const H* p) {
+  Vec<float> r;
+  for (int i = 0; i < Vec<float>::width; ++i) r.v[i] = static_cast<float>(p[i]);
+  return r;
+}
+template <class H>
+inline void store(H* p, Vec<float> a) {
+  for (int i = 0; i < Vec<float>::width; ++i) p[i] = static_cast<H>(a.v[i]);
+}
+
+#undef FASTGEN_EACH
+
+#endif
+
+inline Vec<float> load(const float* p) { return Vec<float>::load(p); }
+inline Vec<double> load(const double* p) { return Vec<double>::load(p); }
+inline void store(float* p, Vec<float> a) { a.store(p); }
+inline void store(double* p, Vec<double> a) { a.store(p); }
+
+// The first n lanes (0 <= n < width); the others read as zero and are not written.
+inline Vec<float> load_n(const float* p, int n) { return Vec<float>::load_n(p, n); }
+inline Vec<double> load_n(const double* p, int n) { return Vec<double>::load_n(p, n); }
+inline void store_n(float* p, Vec<float> a, int n) { a.store_n(p, n); }
+inline void store_n(double* p, Vec<double> a, int n) { a.store_n(p, n); }
+
+template <class H>
+inline Vec<float> load_n(const H* p, int n) {
+  alignas(64) H lanes[Vec<float>::width] = {};
+  std::memcpy(static_cast<void*>(lanes), p, static_cast<std::size_t>(n) * sizeof(H));
+  return load(static_cast<const H*>(lanes));
+}
+template <class H>
+inline void store_n(H* p, Vec<float> a, int n) {
+  alignas(64) H lanes[Vec<float>::width];
+  store(static_cast<H*>(lanes), a);
+  std::memcpy(static_cast<void*>(p), lanes, static_cast<std::size_t>(n) * sizeof(H));
+}
+
+// Lanes combined in a fixed tree, so the same lanes give the same bits.
+template <class T, class F>
+inline T reduce(Vec<T> a, F combine) {
+  alignas(64) T lanes[Vec<T>::width];
+  a.store(lanes);
+  for (int half = Vec<T>::width / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
+}
+template <class T>
+inline T sum(Vec<T> a) {
+  return reduce(a, [](T x, T y) { return x + y; });
+}
+
+// A running sum whose rounding error grows with n / 16 instead of n: short runs are added up first.
+template <class T>
+struct CascadeSum {
+  Vec<T> run{T(0)}, total{T(0)};
+  int count = 0;
+  void add(Vec<T> a) {
+    run = run + a;
+    if (++count == 16) {
+      total = total + run;
+      run = Vec<T>(T(0));
+      count = 0;
+    }
+  }
+  T value() const { return sum(total + run); }
+};
+
+// Applies a scalar function lane by lane: for double, where no vector version is worth its size.
+template <class T, class F>
+inline Vec<T> map(Vec<T> a, F f) {
+  alignas(64) T lanes[Vec<T>::width];
+  a.store(lanes);
+  for (int i = 0; i < Vec<T>::width; ++i) lanes[i] = f(lanes[i]);
+  return Vec<T>::load(lanes);
+}
+
+}  // namespace fastgen::FASTGEN_ISA_NS

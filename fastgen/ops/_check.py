@@ -1,0 +1,76 @@
+"""Argument checks shared by the public functions; every message names the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def is_tensor(value: Any, name: str) -> None:
+    """Raises TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
+def floating(value: Any, name: str) -> None:
+    """Raises TypeError unless `value` is a float32, float64, float16 or bfloat16 tensor."""
+    is_tensor(value, name)
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected dtype float32, float64, float16 or bfloat16, got {_dtype(value)}"
+        )
+
+
+def matches(value: Any, name: str, like: Tensor, like_name: str) -> None:
+    """Raises unless `value` is a tensor with the dtype and device of `like`."""
+    is_tensor(value, name)
+    if value.dtype != like.dtype:
+        raise TypeError(
+            f"{name}: expected the dtype of {like_name}, {_dtype(like)}, got {_dtype(value)}"
+        )
+    same_device(value, name, like, like_name)
+
+
+def same_device(value: Tensor, name: str, like: Tensor, like_name: str) -> None:
+    """Raises ValueError unless `value` is on the device of `like`."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected the device of {like_name}, {like.device}, got {value.device}"
+        )
+
+
+def shape(value: Tensor, name: str, expected: Sequence[int], meaning: str) -> None:
+    """Raises ValueError unless `value` has shape `expected`; `meaning` says what that is."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"{name}: expected shape {tuple(expected)} ({meaning}), got {tuple(value.shape)}"
+        )
+
+
+def rank(value: Tensor, name: str, least: int, meaning: str, most: int | None = None) -> None:
+    """Raises ValueError unless `value` has between `least` and `most` dimensions."""
+    if value.dim() < least or (most is not None and value.dim() > most):
+        raise ValueError(f"{name}: expected {meaning}, got shape {tuple(value.shape)}")
+
+
+def one_of(value: Any, name: str, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of the strings `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def positive(value: Any, name: str) -> None:
+    """Raises unless `value` is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a positive number, got {type(value).__name__}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

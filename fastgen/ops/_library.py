@@ -1,0 +1,125 @@
+"""The one `torch.library.Library` of fastgen, and the loading of the compiled parts.
+
+Schemas are defined here in Python, implementations in C++ (csrc/), so that a missing compiled part leaves a clean
+NotImplementedError and never two definitions of one schema.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import _build
+
+LIBRARY = torch.library.Library("fastgen", "DEF")
+
+
+def define(schema: str) -> None:
+    """Declares the raw operator `torch.ops.fastgen.<name>` from its schema string."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: the shape-only twin of raw operator `name`, for torch.compile and meta tensors."""
+    return torch.library.register_fake(f"fastgen::{name}", lib=LIBRARY)
+
+
+def register_vmap_fold(name: str) -> None:
+    """vmap of raw operator `name` by folding the vmapped dimension into the batch.
+
+    Right for operators whose every tensor argument and result has the batch first and whose samples do not depend on
+    each other or on their index.
+    """
+    op = getattr(torch.ops.fastgen, name)
+
+    def fold(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        batched = [
+            arg.movedim(dim, 0) if dim is not None else _expand(arg, info.batch_size)
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        flat = [arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in batched]
+        result = op(*flat)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        out = tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results)
+        return (out, (0,) * len(out)) if isinstance(result, (tuple, list)) else (out[0], 0)
+
+    torch.library.register_vmap(f"fastgen::{name}", fold, lib=LIBRARY)
+
+
+def register_vmap_loop(name: str) -> None:
+    """vmap of raw operator `name` one slice at a time, for operators whose batch cannot be folded."""
+    op = getattr(torch.ops.fastgen, name)
+
+    def loop(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        slices = [
+            op(
+                *(
+                    arg if dim is None else arg.select(dim, i)
+                    for arg, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(slices[0], Tensor):
+            return torch.stack(slices), 0
+        out = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+        return out, (0,) * len(out)
+
+    torch.library.register_vmap(f"fastgen::{name}", loop, lib=LIBRARY)
+
+
+def _expand(arg: Any, batch: int) -> Any:
+    return arg.expand(batch, *arg.shape) if isinstance(arg, Tensor) else arg
+
+
+def _load(module: str, expected: bool, why_not: str) -> str | None:
+    """Imports a compiled module; returns None on success, else the reason it is unavailable."""
+    if not expected:
+        return why_not
+    try:
+        importlib.import_module(f"fastgen.{module}")
+    except ImportError as error:
+        return f"fastgen.{module} does not load: {error}"
+    return None
+
+
+define("cpu_isa() -> int")
+define("force_cpu_isa(int isa) -> int")
+
+_BUILD = _build.info()
+
+#: Why the CPU kernels are unavailable, or None.
+cpu_unavailable = _load("_C", _BUILD["cpu"], _BUILD["cpu_reason"])
+
+#: Why the CUDA kernels are unavailable, or None. CPU torch has no CUDA symbols, so the module is not even tried.
+cuda_unavailable = (
+    _load("_C_cuda", _BUILD["cuda"], _BUILD["cuda_reason"])
+    if torch.version.cuda
+    else "this torch has no CUDA"
+)
+
+#: What is broken, as opposed to left out on purpose: a build that should load and does not.
+broken = [
+    reason
+    for reason, expected in (
+        (cpu_unavailable, _BUILD["cpu"]),
+        (cuda_unavailable, _BUILD["cuda"] and bool(torch.version.cuda)),
+    )
+    if reason is not None and expected
+]
+
+if broken:
+    message = (
+        f"fastgen: {'; '.join(broken)}. Ops fall back to plain PyTorch. "
+        "Reinstall with: pip install --no-build-isolation --force-reinstall --no-deps . ; "
+        "see python -m fastgen.info"
+    )
+    if os.environ.get("FASTGEN_STRICT") == "1":
+        raise ImportError(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
