@@ -72,5 +72,21 @@ def positive(value: Any, name: str) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
+def non_negative(value: Any, name: str) -> None:
+    """Raises unless `value` is a finite number of at least zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def positive_int(value: Any, name: str) -> None:
+    """Raises unless `value` is an int (or torch.SymInt) of at least one."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected a positive int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value}")
+
+
 def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
