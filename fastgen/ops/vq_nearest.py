@@ -22,6 +22,8 @@ with a finite key.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -137,6 +139,28 @@ def _prepare(
 _OP = backends.Op("vq_nearest", _prepare)
 _OP.implement("cpu", _cpu, device="cpu", unavailable=_library.cpu_unavailable)
 _OP.implement("reference", vq_nearest_reference)
+
+
+@overload
+def vq_nearest(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    return_distance: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def vq_nearest(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    return_distance: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def vq_nearest(
