@@ -1,7 +1,8 @@
 """Build of the compiled parts: fastgen._C (CPU) and, where nvcc is found, fastgen._C_cuda.
 
-Environment: FASTGEN_CPU=0 (pure-PyTorch install), FASTGEN_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS,
-FASTGEN_SANITIZE=1 (address and undefined-behaviour sanitizers, for tests), CUDA_HOME. See CONTRIBUTING.md.
+Environment: FASTGEN_CPU=0 (pure-PyTorch install), FASTGEN_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST,
+MAX_JOBS, FASTGEN_SANITIZE=1 (address and undefined-behaviour sanitizers, for tests), CUDA_HOME. See
+CONTRIBUTING.md.
 """
 
 import json
@@ -24,8 +25,9 @@ try:
     from torch.utils import cpp_extension
 except ImportError:
     sys.exit(
-        "fastgen needs PyTorch at build time and builds against the one that is installed. Install torch >= "
-        f"{TORCH_TARGET[0]}.{TORCH_TARGET[1]} first, then run:  pip install --no-build-isolation ."
+        "fastgen builds against the PyTorch that is installed, and there is none. Install "
+        f"torch >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]} first, then run:  "
+        "pip install --no-build-isolation ."
     )
 
 
@@ -66,11 +68,23 @@ def headers() -> list[str]:
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter"]
 # gcc 12 warns about its own AVX-512 header.
 WARNINGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-# Contraction would let the compiler choose where multiply-adds fuse, and AVX2 and AVX-512 would differ in bits.
-CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", *WARNINGS]
+# Contraction would let the compiler choose where multiply-adds fuse, and AVX2 and AVX-512 would
+# differ in bits.
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    *WARNINGS,
+]
 LINK_FLAGS: list[str] = []
 if os.environ.get("FASTGEN_SANITIZE") == "1":
-    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    SANITIZE = [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+    ]
     CXX_FLAGS += [*SANITIZE, "-g", "-O1"]
     LINK_FLAGS += SANITIZE
 
@@ -93,7 +107,8 @@ def cuda_extension(nvcc: Path):
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
     # torch built without CUDA looks for no toolkit of its own.
     cpp_extension.CUDA_HOME = str(home)
-    # libtorch pulls libtorch_cuda in where there is one; naming libtorch_cuda would tie the file to CUDA torch.
+    # libtorch pulls libtorch_cuda in where there is one; naming libtorch_cuda would tie the file to
+    # CUDA torch.
     link = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", *LINK_FLAGS]
     return cpp_extension.CppExtension(
         "fastgen._C_cuda",
@@ -130,7 +145,9 @@ def plan() -> tuple[list, dict]:
     if wanted == "0":
         info["cuda_reason"] = "left out by FASTGEN_CUDA=0"
     elif nvcc is None:
-        info["cuda_reason"] = "nvcc was not found at build time (set CUDA_HOME, or put nvcc on PATH)"
+        info["cuda_reason"] = (
+            "nvcc was not found at build time (set CUDA_HOME, or put nvcc on PATH)"
+        )
         if wanted == "1":
             sys.exit(f"FASTGEN_CUDA=1, but {info['cuda_reason']}")
     else:
@@ -140,16 +157,19 @@ def plan() -> tuple[list, dict]:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """Adds the build record beside the compiled modules, and says what is built and what is not, and why."""
+    """Adds the build record beside the compiled modules, and says what is built and what is not,
+    and why."""
 
     def run(self):
-        print(f"fastgen: CPU kernels: {BUILD_INFO['cpu_reason']}; CUDA kernels: {BUILD_INFO['cuda_reason']}")
+        print(f"fastgen: CPU kernels: {BUILD_INFO['cpu_reason']}")
+        print(f"fastgen: CUDA kernels: {BUILD_INFO['cuda_reason']}")
         try:
             super().run()
         except Exception:
             print(
-                "fastgen: the build failed. To see every compiler line: pip install --no-build-isolation -v . ; "
-                "without CUDA kernels: FASTGEN_CUDA=0 ; pure PyTorch: FASTGEN_CPU=0 FASTGEN_CUDA=0",
+                "fastgen: the build failed. Every compiler line: "
+                "pip install --no-build-isolation -v . ; without CUDA kernels: FASTGEN_CUDA=0 ; "
+                "pure PyTorch: FASTGEN_CPU=0 FASTGEN_CUDA=0",
                 file=sys.stderr,
             )
             raise
@@ -166,5 +186,7 @@ EXTENSIONS, BUILD_INFO = plan()
 setup(
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-    options={"bdist_wheel": {"py_limited_api": f"cp{PY_LIMITED_API[0]}{PY_LIMITED_API[1]}"}} if EXTENSIONS else {},
+    options={"bdist_wheel": {"py_limited_api": f"cp{PY_LIMITED_API[0]}{PY_LIMITED_API[1]}"}}
+    if EXTENSIONS
+    else {},
 )

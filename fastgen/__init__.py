@@ -1,4 +1,5 @@
-"""fastgen: fused ops, layers, models and a training engine for deep generative models in PyTorch."""
+"""fastgen: fused ops, layers, models and a training engine for deep generative models in
+PyTorch."""
 
 from fastgen import backends, nn, ops
 from fastgen.backends import explain, use_backend

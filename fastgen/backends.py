@@ -1,12 +1,13 @@
 """The table op -> backends: which implementation runs, why the others do not, and how to choose.
 
-Each op lists its backends in one literal order, best first. The first one that fits the inputs runs; what was passed
-over, and why, is visible through :func:`explain`, :func:`calls` and one DEBUG log line a reason. Precedence of choices:
-``backend=`` of the call, then :func:`use_backend`, then the environment variable ``FASTGEN_BACKEND``. A backend that
-was chosen and cannot run raises; nothing falls back silently.
+Each op lists its backends in one literal order, best first. The first one that fits the inputs
+runs; what was passed over, and why, is visible through :func:`explain`, :func:`calls` and one DEBUG
+log line a reason. Precedence of choices: ``backend=`` of the call, then :func:`use_backend`, then
+the environment variable ``FASTGEN_BACKEND``. A backend that was chosen and cannot run raises;
+nothing falls back silently.
 
-The choice is held in a plain module global, process-wide: torch.compile guards on it and recompiles on change, which it
-cannot do for a ContextVar.
+The choice is held in a plain module global, process-wide: torch.compile guards on it and recompiles
+on change, which it cannot do for a ContextVar.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Implementation:
     unsupported: Callable[..., str | None] | None
 
     def reason_against(self, args: tuple) -> str | None:
-        """Why it cannot take these prepared arguments, or None. args[0] is the op's first tensor."""
+        """Why it cannot take these prepared arguments, or None; args[0] is a tensor."""
         if self.unavailable is not None:
             return self.unavailable
         if self.device is not None and args[0].device.type != self.device:
@@ -76,8 +77,9 @@ class Implementation:
 class Op:
     """One op: how its arguments are checked (`prepare`) and which backends it has, best first.
 
-    `prepare(*args, **kwargs)` takes what the public function takes (without ``backend``), validates it, applies the
-    autocast policy and returns the tuple that every backend takes, its first tensor first.
+    `prepare(*args, **kwargs)` takes what the public function takes (without ``backend``), validates
+    it, applies the autocast policy and returns the tuple that every backend takes, its first tensor
+    first.
     """
 
     def __init__(self, name: str, prepare: Callable[..., tuple]) -> None:
@@ -257,7 +259,7 @@ def _from_environment(value: str) -> dict[str, str]:
 
 
 def check_choice() -> None:
-    """Raises ValueError where FASTGEN_BACKEND names an op that does not exist; called once all are known."""
+    """Raises ValueError where FASTGEN_BACKEND names an op that does not exist."""
     unknown = sorted(set(_override) - {_ALL} - set(_ops))
     if unknown:
         raise ValueError(

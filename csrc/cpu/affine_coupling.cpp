@@ -70,9 +70,9 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(const Tensor& x, const Tensor& ra
   dispatch_dtype(x.scalar_type(), "affine_coupling", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     std::vector<acc_t<S>> partial(xs.count * pieces(xs.size));
-    const CouplingForward<S> args{xs.row<S>(0),     raws.row<S>(0), shifts.row<S>(0), xs.stride,
-                                  raws.stride,      shifts.stride,  xs.size,          data<S>(y),
-                                  partial.data(),   parse_scale(scale), inverse,      scale_factor};
+    const CouplingForward<S> args{xs.row<S>(0),   raws.row<S>(0),     shifts.row<S>(0), xs.stride,
+                                  raws.stride,    shifts.stride,      xs.size,          data<S>(y),
+                                  partial.data(), parse_scale(scale), inverse,          scale_factor};
     parallel_pieces(xs.count, xs.size, [&](std::int64_t begin, std::int64_t end) {
       FASTGEN_DISPATCH_ISA(coupling_forward, args, begin, end);
     });
@@ -94,12 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(const Tensor& grad_y, con
   Tensor grad_x = empty_contiguous(x), grad_raw = empty_contiguous(x), grad_shift = empty_contiguous(x);
   dispatch_dtype(x.scalar_type(), "affine_coupling", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    const CouplingBackward<S> args{gys.row<S>(0),    data<acc_t<S>>(gld), xs.row<S>(0),
-                                   raws.row<S>(0),   shifts.row<S>(0),    gys.stride,
-                                   xs.stride,        raws.stride,         shifts.stride,
-                                   xs.size,          data<S>(grad_x),     data<S>(grad_raw),
-                                   data<S>(grad_shift), parse_scale(scale), inverse,
-                                   scale_factor};
+    const CouplingBackward<S> args{
+        gys.row<S>(0),   data<acc_t<S>>(gld), xs.row<S>(0),        raws.row<S>(0),     shifts.row<S>(0),
+        gys.stride,      xs.stride,           raws.stride,         shifts.stride,      xs.size,
+        data<S>(grad_x), data<S>(grad_raw),   data<S>(grad_shift), parse_scale(scale), inverse,
+        scale_factor};
     parallel_pieces(xs.count, xs.size, [&](std::int64_t begin, std::int64_t end) {
       FASTGEN_DISPATCH_ISA(coupling_backward, args, begin, end);
     });

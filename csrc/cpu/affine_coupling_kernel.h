@@ -107,9 +107,8 @@ void coupling_backward_pieces(const CouplingBackward<S>& a, std::int64_t begin, 
 // The run-time choices become template arguments once per range, outside the loops.
 template <class S>
 void coupling_forward(const CouplingForward<S>& a, std::int64_t begin, std::int64_t end) {
-  dispatch_coupling(a.scale, a.inverse, [&](auto scale, auto inverse) {
-    coupling_forward_pieces<scale(), inverse()>(a, begin, end);
-  });
+  dispatch_coupling(a.scale, a.inverse,
+                    [&](auto scale, auto inverse) { coupling_forward_pieces<scale(), inverse()>(a, begin, end); });
 }
 
 template <class S>

@@ -138,7 +138,8 @@ inline std::vector<std::int64_t> sizes(const Tensor& t) {
 
 // The raw operators are reachable as torch.ops.fastgen.*, past the checks of the public functions, so each repeats
 // what its memory accesses rely on. `what` is "<op>: <argument>".
-inline void check_shape(const Tensor& t, const std::vector<std::int64_t>& shape, ScalarType dtype, const char* what) {
+inline void check_shape(const Tensor& t, const std::vector<std::int64_t>& shape, ScalarType dtype,
+                        const char* what) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && sizes(t) == shape, what,
                   " has the wrong device, dtype or shape");
 }

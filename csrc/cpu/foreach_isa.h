@@ -36,8 +36,8 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"))),         \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
@@ -55,12 +55,10 @@
 #pragma GCC pop_options
 #endif
 
-#define FASTGEN_DISPATCH_ISA(FUNCTION, ...)              \
-  (::fastgen::current_isa() == ::fastgen::Isa::kAvx512   \
-       ? ::fastgen::avx512::FUNCTION(__VA_ARGS__)        \
-       : ::fastgen::current_isa() == ::fastgen::Isa::kAvx2 \
-           ? ::fastgen::avx2::FUNCTION(__VA_ARGS__)      \
-           : ::fastgen::portable::FUNCTION(__VA_ARGS__))
+#define FASTGEN_DISPATCH_ISA(FUNCTION, ...)                                                                       \
+  (::fastgen::current_isa() == ::fastgen::Isa::kAvx512 ? ::fastgen::avx512::FUNCTION(__VA_ARGS__)                 \
+   : ::fastgen::current_isa() == ::fastgen::Isa::kAvx2 ? ::fastgen::avx2::FUNCTION(__VA_ARGS__)                   \
+                                                       : ::fastgen::portable::FUNCTION(__VA_ARGS__))
 
 #else
 

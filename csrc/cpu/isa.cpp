@@ -14,11 +14,10 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
 Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
@@ -27,8 +26,8 @@ Isa detect() {
 
 Isa checked(Isa wanted) {
   if (static_cast<int>(wanted) < 0 || static_cast<int>(wanted) > static_cast<int>(best_isa())) {
-    throw std::runtime_error(std::string("FASTGEN_CPU_ISA: this machine has no '") +
-                             isa_name(wanted) + "'; its best is '" + isa_name(best_isa()) + "'");
+    throw std::runtime_error(std::string("FASTGEN_CPU_ISA: this machine has no '") + isa_name(wanted) +
+                             "'; its best is '" + isa_name(best_isa()) + "'");
   }
   return wanted;
 }
@@ -39,8 +38,7 @@ Isa from_environment() {
   for (int i = 0; i < 3; ++i) {
     if (std::string(value) == kNames[i]) return checked(static_cast<Isa>(i));
   }
-  throw std::runtime_error(std::string("FASTGEN_CPU_ISA: expected portable, avx2 or avx512, got '") +
-                           value + "'");
+  throw std::runtime_error(std::string("FASTGEN_CPU_ISA: expected portable, avx2 or avx512, got '") + value + "'");
 }
 
 std::atomic<int> g_isa{-1};

@@ -14,48 +14,46 @@ struct Mask;
 
 #if defined(FASTGEN_SIMD_AVX512)
 
-#define FASTGEN_VEC512(T, REG, S, W, MASK)                                                                    \
-  template <>                                                                                                 \
-  struct Mask<T> {                                                                                            \
-    MASK m;                                                                                                   \
-    static Mask first(int n) { return {static_cast<MASK>((1u << n) - 1u)}; }                                  \
-    bool any() const { return m != 0; }                                                                       \
-    unsigned bits() const { return m; }                                                                       \
-  };                                                                                                          \
-  inline Mask<T> operator&(Mask<T> a, Mask<T> b) { return {static_cast<MASK>(a.m & b.m)}; }                   \
-  inline Mask<T> operator|(Mask<T> a, Mask<T> b) { return {static_cast<MASK>(a.m | b.m)}; }                   \
-  inline Mask<T> operator~(Mask<T> a) { return {static_cast<MASK>(~a.m)}; }                                   \
-  template <>                                                                                                 \
-  struct Vec<T> {                                                                                             \
-    static constexpr int width = W;                                                                           \
-    REG v;                                                                                                    \
-    Vec() = default;                                                                                          \
-    Vec(REG r) : v(r) {}                                                                                      \
-    Vec(T s) : v(_mm512_set1_##S(s)) {}                                                                       \
-    static Vec load(const T* p) { return _mm512_loadu_##S(p); }                                               \
-    static Vec load_n(const T* p, int n) {                                                                    \
-      return _mm512_maskz_loadu_##S(Mask<T>::first(n).m, p);                                                  \
-    }                                                                                                         \
-    void store(T* p) const { _mm512_storeu_##S(p, v); }                                                       \
-    void store_n(T* p, int n) const { _mm512_mask_storeu_##S(p, Mask<T>::first(n).m, v); }                    \
-  };                                                                                                          \
-  inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return _mm512_add_##S(a.v, b.v); }                            \
-  inline Vec<T> operator-(Vec<T> a, Vec<T> b) { return _mm512_sub_##S(a.v, b.v); }                            \
-  inline Vec<T> operator*(Vec<T> a, Vec<T> b) { return _mm512_mul_##S(a.v, b.v); }                            \
-  inline Vec<T> operator/(Vec<T> a, Vec<T> b) { return _mm512_div_##S(a.v, b.v); }                            \
-  inline Vec<T> operator-(Vec<T> a) { return _mm512_xor_##S(a.v, _mm512_set1_##S(T(-0.0))); }                 \
-  inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm512_fmadd_##S(a.v, b.v, c.v); }                 \
-  inline Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm512_fnmadd_##S(a.v, b.v, c.v); }               \
-  inline Vec<T> min(Vec<T> a, Vec<T> b) { return _mm512_min_##S(a.v, b.v); }                                  \
-  inline Vec<T> max(Vec<T> a, Vec<T> b) { return _mm512_max_##S(a.v, b.v); }                                  \
-  inline Vec<T> abs(Vec<T> a) { return _mm512_abs_##S(a.v); }                                                 \
-  inline Vec<T> sqrt(Vec<T> a) { return _mm512_sqrt_##S(a.v); }                                               \
-  inline Vec<T> round(Vec<T> a) { return _mm512_roundscale_##S(a.v, 8); }                                     \
-  inline Vec<T> floor(Vec<T> a) { return _mm512_roundscale_##S(a.v, 9); }                                     \
-  inline Mask<T> operator<(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_LT_OQ)}; }      \
-  inline Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_LE_OQ)}; }     \
-  inline Mask<T> operator==(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_EQ_OQ)}; }     \
-  inline Mask<T> is_nan(Vec<T> a) { return {_mm512_cmp_##S##_mask(a.v, a.v, _CMP_UNORD_Q)}; }                 \
+#define FASTGEN_VEC512(T, REG, S, W, MASK)                                                                        \
+  template <>                                                                                                     \
+  struct Mask<T> {                                                                                                \
+    MASK m;                                                                                                       \
+    static Mask first(int n) { return {static_cast<MASK>((1u << n) - 1u)}; }                                      \
+    bool any() const { return m != 0; }                                                                           \
+    unsigned bits() const { return m; }                                                                           \
+  };                                                                                                              \
+  inline Mask<T> operator&(Mask<T> a, Mask<T> b) { return {static_cast<MASK>(a.m & b.m)}; }                       \
+  inline Mask<T> operator|(Mask<T> a, Mask<T> b) { return {static_cast<MASK>(a.m | b.m)}; }                       \
+  inline Mask<T> operator~(Mask<T> a) { return {static_cast<MASK>(~a.m)}; }                                       \
+  template <>                                                                                                     \
+  struct Vec<T> {                                                                                                 \
+    static constexpr int width = W;                                                                               \
+    REG v;                                                                                                        \
+    Vec() = default;                                                                                              \
+    Vec(REG r) : v(r) {}                                                                                          \
+    Vec(T s) : v(_mm512_set1_##S(s)) {}                                                                           \
+    static Vec load(const T* p) { return _mm512_loadu_##S(p); }                                                   \
+    static Vec load_n(const T* p, int n) { return _mm512_maskz_loadu_##S(Mask<T>::first(n).m, p); }               \
+    void store(T* p) const { _mm512_storeu_##S(p, v); }                                                           \
+    void store_n(T* p, int n) const { _mm512_mask_storeu_##S(p, Mask<T>::first(n).m, v); }                        \
+  };                                                                                                              \
+  inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return _mm512_add_##S(a.v, b.v); }                                \
+  inline Vec<T> operator-(Vec<T> a, Vec<T> b) { return _mm512_sub_##S(a.v, b.v); }                                \
+  inline Vec<T> operator*(Vec<T> a, Vec<T> b) { return _mm512_mul_##S(a.v, b.v); }                                \
+  inline Vec<T> operator/(Vec<T> a, Vec<T> b) { return _mm512_div_##S(a.v, b.v); }                                \
+  inline Vec<T> operator-(Vec<T> a) { return _mm512_xor_##S(a.v, _mm512_set1_##S(T(-0.0))); }                     \
+  inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm512_fmadd_##S(a.v, b.v, c.v); }                     \
+  inline Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm512_fnmadd_##S(a.v, b.v, c.v); }                   \
+  inline Vec<T> min(Vec<T> a, Vec<T> b) { return _mm512_min_##S(a.v, b.v); }                                      \
+  inline Vec<T> max(Vec<T> a, Vec<T> b) { return _mm512_max_##S(a.v, b.v); }                                      \
+  inline Vec<T> abs(Vec<T> a) { return _mm512_abs_##S(a.v); }                                                     \
+  inline Vec<T> sqrt(Vec<T> a) { return _mm512_sqrt_##S(a.v); }                                                   \
+  inline Vec<T> round(Vec<T> a) { return _mm512_roundscale_##S(a.v, 8); }                                         \
+  inline Vec<T> floor(Vec<T> a) { return _mm512_roundscale_##S(a.v, 9); }                                         \
+  inline Mask<T> operator<(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_LT_OQ)}; }          \
+  inline Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_LE_OQ)}; }         \
+  inline Mask<T> operator==(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_EQ_OQ)}; }         \
+  inline Mask<T> is_nan(Vec<T> a) { return {_mm512_cmp_##S##_mask(a.v, a.v, _CMP_UNORD_Q)}; }                     \
   inline Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) { return _mm512_mask_blend_##S(m.m, b.v, a.v); }
 FASTGEN_VEC512(float, __m512, ps, 16, __mmask16)
 FASTGEN_VEC512(double, __m512d, pd, 8, __mmask8)
@@ -72,9 +70,13 @@ struct Words {
   void store(std::uint32_t* p) const { _mm512_storeu_si512(p, v); }
   static Words iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   template <int N>
-  Words shl() const { return _mm512_slli_epi32(v, N); }
+  Words shl() const {
+    return _mm512_slli_epi32(v, N);
+  }
   template <int N>
-  Words shr() const { return _mm512_srli_epi32(v, N); }
+  Words shr() const {
+    return _mm512_srli_epi32(v, N);
+  }
 };
 inline Words operator+(Words a, Words b) { return _mm512_add_epi32(a.v, b.v); }
 inline Words operator-(Words a, Words b) { return _mm512_sub_epi32(a.v, b.v); }
@@ -116,48 +118,48 @@ inline __m256i tail_mask(double, int n) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kTail64 + 4 - n));
 }
 
-#define FASTGEN_VEC256(T, REG, S, W)                                                                          \
-  template <>                                                                                                 \
-  struct Mask<T> {                                                                                            \
-    REG m;                                                                                                    \
-    static Mask first(int n) { return {_mm256_castsi256_##S(tail_mask(T(), n))}; }                            \
-    bool any() const { return bits() != 0; }                                                                  \
-    unsigned bits() const { return static_cast<unsigned>(_mm256_movemask_##S(m)); }                           \
-  };                                                                                                          \
-  inline Mask<T> operator&(Mask<T> a, Mask<T> b) { return {_mm256_and_##S(a.m, b.m)}; }                       \
-  inline Mask<T> operator|(Mask<T> a, Mask<T> b) { return {_mm256_or_##S(a.m, b.m)}; }                        \
-  inline Mask<T> operator~(Mask<T> a) {                                                                       \
-    return {_mm256_xor_##S(a.m, _mm256_castsi256_##S(_mm256_set1_epi32(-1)))};                                \
-  }                                                                                                           \
-  template <>                                                                                                 \
-  struct Vec<T> {                                                                                             \
-    static constexpr int width = W;                                                                           \
-    REG v;                                                                                                    \
-    Vec() = default;                                                                                          \
-    Vec(REG r) : v(r) {}                                                                                      \
-    Vec(T s) : v(_mm256_set1_##S(s)) {}                                                                       \
-    static Vec load(const T* p) { return _mm256_loadu_##S(p); }                                               \
-    static Vec load_n(const T* p, int n) { return _mm256_maskload_##S(p, tail_mask(T(), n)); }                \
-    void store(T* p) const { _mm256_storeu_##S(p, v); }                                                       \
-    void store_n(T* p, int n) const { _mm256_maskstore_##S(p, tail_mask(T(), n), v); }                        \
-  };                                                                                                          \
-  inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return _mm256_add_##S(a.v, b.v); }                            \
-  inline Vec<T> operator-(Vec<T> a, Vec<T> b) { return _mm256_sub_##S(a.v, b.v); }                            \
-  inline Vec<T> operator*(Vec<T> a, Vec<T> b) { return _mm256_mul_##S(a.v, b.v); }                            \
-  inline Vec<T> operator/(Vec<T> a, Vec<T> b) { return _mm256_div_##S(a.v, b.v); }                            \
-  inline Vec<T> operator-(Vec<T> a) { return _mm256_xor_##S(a.v, _mm256_set1_##S(T(-0.0))); }                 \
-  inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm256_fmadd_##S(a.v, b.v, c.v); }                 \
-  inline Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm256_fnmadd_##S(a.v, b.v, c.v); }               \
-  inline Vec<T> min(Vec<T> a, Vec<T> b) { return _mm256_min_##S(a.v, b.v); }                                  \
-  inline Vec<T> max(Vec<T> a, Vec<T> b) { return _mm256_max_##S(a.v, b.v); }                                  \
-  inline Vec<T> abs(Vec<T> a) { return _mm256_andnot_##S(_mm256_set1_##S(T(-0.0)), a.v); }                    \
-  inline Vec<T> sqrt(Vec<T> a) { return _mm256_sqrt_##S(a.v); }                                               \
-  inline Vec<T> round(Vec<T> a) { return _mm256_round_##S(a.v, 8); }                                          \
-  inline Vec<T> floor(Vec<T> a) { return _mm256_round_##S(a.v, 9); }                                          \
-  inline Mask<T> operator<(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_LT_OQ)}; }             \
-  inline Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_LE_OQ)}; }            \
-  inline Mask<T> operator==(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_EQ_OQ)}; }            \
-  inline Mask<T> is_nan(Vec<T> a) { return {_mm256_cmp_##S(a.v, a.v, _CMP_UNORD_Q)}; }                        \
+#define FASTGEN_VEC256(T, REG, S, W)                                                                              \
+  template <>                                                                                                     \
+  struct Mask<T> {                                                                                                \
+    REG m;                                                                                                        \
+    static Mask first(int n) { return {_mm256_castsi256_##S(tail_mask(T(), n))}; }                                \
+    bool any() const { return bits() != 0; }                                                                      \
+    unsigned bits() const { return static_cast<unsigned>(_mm256_movemask_##S(m)); }                               \
+  };                                                                                                              \
+  inline Mask<T> operator&(Mask<T> a, Mask<T> b) { return {_mm256_and_##S(a.m, b.m)}; }                           \
+  inline Mask<T> operator|(Mask<T> a, Mask<T> b) { return {_mm256_or_##S(a.m, b.m)}; }                            \
+  inline Mask<T> operator~(Mask<T> a) {                                                                           \
+    return {_mm256_xor_##S(a.m, _mm256_castsi256_##S(_mm256_set1_epi32(-1)))};                                    \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  struct Vec<T> {                                                                                                 \
+    static constexpr int width = W;                                                                               \
+    REG v;                                                                                                        \
+    Vec() = default;                                                                                              \
+    Vec(REG r) : v(r) {}                                                                                          \
+    Vec(T s) : v(_mm256_set1_##S(s)) {}                                                                           \
+    static Vec load(const T* p) { return _mm256_loadu_##S(p); }                                                   \
+    static Vec load_n(const T* p, int n) { return _mm256_maskload_##S(p, tail_mask(T(), n)); }                    \
+    void store(T* p) const { _mm256_storeu_##S(p, v); }                                                           \
+    void store_n(T* p, int n) const { _mm256_maskstore_##S(p, tail_mask(T(), n), v); }                            \
+  };                                                                                                              \
+  inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return _mm256_add_##S(a.v, b.v); }                                \
+  inline Vec<T> operator-(Vec<T> a, Vec<T> b) { return _mm256_sub_##S(a.v, b.v); }                                \
+  inline Vec<T> operator*(Vec<T> a, Vec<T> b) { return _mm256_mul_##S(a.v, b.v); }                                \
+  inline Vec<T> operator/(Vec<T> a, Vec<T> b) { return _mm256_div_##S(a.v, b.v); }                                \
+  inline Vec<T> operator-(Vec<T> a) { return _mm256_xor_##S(a.v, _mm256_set1_##S(T(-0.0))); }                     \
+  inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm256_fmadd_##S(a.v, b.v, c.v); }                     \
+  inline Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) { return _mm256_fnmadd_##S(a.v, b.v, c.v); }                   \
+  inline Vec<T> min(Vec<T> a, Vec<T> b) { return _mm256_min_##S(a.v, b.v); }                                      \
+  inline Vec<T> max(Vec<T> a, Vec<T> b) { return _mm256_max_##S(a.v, b.v); }                                      \
+  inline Vec<T> abs(Vec<T> a) { return _mm256_andnot_##S(_mm256_set1_##S(T(-0.0)), a.v); }                        \
+  inline Vec<T> sqrt(Vec<T> a) { return _mm256_sqrt_##S(a.v); }                                                   \
+  inline Vec<T> round(Vec<T> a) { return _mm256_round_##S(a.v, 8); }                                              \
+  inline Vec<T> floor(Vec<T> a) { return _mm256_round_##S(a.v, 9); }                                              \
+  inline Mask<T> operator<(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_LT_OQ)}; }                 \
+  inline Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_LE_OQ)}; }                \
+  inline Mask<T> operator==(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_EQ_OQ)}; }                \
+  inline Mask<T> is_nan(Vec<T> a) { return {_mm256_cmp_##S(a.v, a.v, _CMP_UNORD_Q)}; }                            \
   inline Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) { return _mm256_blendv_##S(b.v, a.v, m.m); }
 FASTGEN_VEC256(float, __m256, ps, 8)
 FASTGEN_VEC256(double, __m256d, pd, 4)
@@ -169,15 +171,17 @@ struct Words {
   Words() = default;
   Words(__m256i r) : v(r) {}
   Words(std::uint32_t s) : v(_mm256_set1_epi32(static_cast<int>(s))) {}
-  static Words load(const std::uint32_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  }
+  static Words load(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   void store(std::uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static Words iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
   template <int N>
-  Words shl() const { return _mm256_slli_epi32(v, N); }
+  Words shl() const {
+    return _mm256_slli_epi32(v, N);
+  }
   template <int N>
-  Words shr() const { return _mm256_srli_epi32(v, N); }
+  Words shr() const {
+    return _mm256_srli_epi32(v, N);
+  }
 };
 inline Words operator+(Words a, Words b) { return _mm256_add_epi32(a.v, b.v); }
 inline Words operator-(Words a, Words b) { return _mm256_sub_epi32(a.v, b.v); }
@@ -200,8 +204,8 @@ inline void store(BFloat16* p, Vec<float> a) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000),
-                                          _mm256_castps_si256(is_nan(a).m));
+  const __m256i kept =
+      _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan(a).m));
   const __m256i h = _mm256_srli_epi32(kept, 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
@@ -259,10 +263,10 @@ struct Vec {
   void store_n(T* p, int n) const {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
-#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                    \
-  friend Vec NAME(Vec a, Vec b) {                                                                             \
-    FASTGEN_EACH a.v[i] = EXPRESSION;                                                                         \
-    return a;                                                                                                 \
+#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                        \
+  friend Vec NAME(Vec a, Vec b) {                                                                                 \
+    FASTGEN_EACH a.v[i] = EXPRESSION;                                                                             \
+    return a;                                                                                                     \
   }
   FASTGEN_LANEWISE(operator+, a.v[i] + b.v[i])
   FASTGEN_LANEWISE(operator-, a.v[i] - b.v[i])
@@ -271,10 +275,10 @@ struct Vec {
   FASTGEN_LANEWISE(min, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
   FASTGEN_LANEWISE(max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 #undef FASTGEN_LANEWISE
-#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                    \
-  friend Vec NAME(Vec a) {                                                                                    \
-    FASTGEN_EACH a.v[i] = EXPRESSION;                                                                         \
-    return a;                                                                                                 \
+#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                        \
+  friend Vec NAME(Vec a) {                                                                                        \
+    FASTGEN_EACH a.v[i] = EXPRESSION;                                                                             \
+    return a;                                                                                                     \
   }
   FASTGEN_LANEWISE(operator-, -a.v[i])
   FASTGEN_LANEWISE(abs, std::fabs(a.v[i]))
@@ -282,11 +286,11 @@ struct Vec {
   FASTGEN_LANEWISE(round, std::nearbyint(a.v[i]))
   FASTGEN_LANEWISE(floor, std::floor(a.v[i]))
 #undef FASTGEN_LANEWISE
-#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                    \
-  friend Mask<T> NAME(Vec a, Vec b) {                                                                         \
-    Mask<T> r;                                                                                                \
-    FASTGEN_EACH r.m[i] = EXPRESSION;                                                                         \
-    return r;                                                                                                 \
+#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                        \
+  friend Mask<T> NAME(Vec a, Vec b) {                                                                             \
+    Mask<T> r;                                                                                                    \
+    FASTGEN_EACH r.m[i] = EXPRESSION;                                                                             \
+    return r;                                                                                                     \
   }
   FASTGEN_LANEWISE(operator<, a.v[i] < b.v[i])
   FASTGEN_LANEWISE(operator<=, a.v[i] <= b.v[i])
@@ -317,10 +321,10 @@ struct Words {
     FASTGEN_EACH r.v[i] = static_cast<std::uint32_t>(i);
     return r;
   }
-#define FASTGEN_LANEWISE(OPERATOR)                                                                            \
-  friend Words operator OPERATOR(Words a, Words b) {                                                          \
-    FASTGEN_EACH a.v[i] = a.v[i] OPERATOR b.v[i];                                                             \
-    return a;                                                                                                 \
+#define FASTGEN_LANEWISE(OPERATOR)                                                                                \
+  friend Words operator OPERATOR(Words a, Words b) {                                                              \
+    FASTGEN_EACH a.v[i] = a.v[i] OPERATOR b.v[i];                                                                 \
+    return a;                                                                                                     \
   }
   FASTGEN_LANEWISE(+)
   FASTGEN_LANEWISE(-)

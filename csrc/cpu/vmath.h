@@ -99,11 +99,21 @@ inline Vec<float> atan(Vec<float> x) {
   return select(is_nan(x), x, select(x < V(0.0f), -y, y));
 }
 
-inline Vec<double> exp(Vec<double> x) { return map(x, [](double a) { return std::exp(a); }); }
-inline Vec<double> log(Vec<double> x) { return map(x, [](double a) { return std::log(a); }); }
-inline Vec<double> log1p(Vec<double> x) { return map(x, [](double a) { return std::log1p(a); }); }
-inline Vec<double> tanh(Vec<double> x) { return map(x, [](double a) { return std::tanh(a); }); }
-inline Vec<double> atan(Vec<double> x) { return map(x, [](double a) { return std::atan(a); }); }
+inline Vec<double> exp(Vec<double> x) {
+  return map(x, [](double a) { return std::exp(a); });
+}
+inline Vec<double> log(Vec<double> x) {
+  return map(x, [](double a) { return std::log(a); });
+}
+inline Vec<double> log1p(Vec<double> x) {
+  return map(x, [](double a) { return std::log1p(a); });
+}
+inline Vec<double> tanh(Vec<double> x) {
+  return map(x, [](double a) { return std::tanh(a); });
+}
+inline Vec<double> atan(Vec<double> x) {
+  return map(x, [](double a) { return std::atan(a); });
+}
 
 // 1 / (1 + exp(-x)), accurate on both sides.
 template <class T>

@@ -1,4 +1,5 @@
-"""The fused ops. Each has one file: formula, schema, reference, gradients, backends, public function."""
+"""The fused ops. Each has one file: formula, schema, reference, gradients, backends, public
+function."""
 
 from fastgen import backends
 from fastgen.ops.affine_coupling import affine_coupling

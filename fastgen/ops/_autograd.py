@@ -18,6 +18,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def sum_per_sample(t: Tensor) -> Tensor:
+    """(B, ...) -> (B,): the sum over every dimension but the first."""
+    return t.sum(tuple(range(1, t.dim()))) if t.dim() > 1 else t.clone()
+
+
 def autocast_promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The "promote" autocast policy: under autocast, mixed dtypes become the widest of them.
 
@@ -41,10 +46,10 @@ def reference_vjp(
 ) -> tuple[Tensor, ...]:
     """Gradient of an op's gradient, by the op's reference.
 
-    The op's backward computes ``g = J(primals)^T cotangents``. Given `grads`, the cotangents of g (None where an
-    output of the backward was not used), this returns the gradients with respect to all `primals` and then all
-    `cotangents`. It is made of differentiable torch ops, so any higher order follows, and of torch.func
-    transforms, so it also works under them.
+    The op's backward computes ``g = J(primals)^T cotangents``. Given `grads`, the cotangents of g
+    (None where an output of the backward was not used), this returns the gradients with respect to
+    all `primals` and then all `cotangents`. It is made of differentiable torch ops, so any higher
+    order follows, and of torch.func transforms, so it also works under them.
 
     Args:
         reference: the op in plain PyTorch, as a function of the primals only.
@@ -56,9 +61,11 @@ def reference_vjp(
 
     def backward(*args: Tensor) -> tuple[Tensor, ...]:
         inputs, outputs = args[: len(primals)], args[len(primals) :]
-        _, vjp = torch.func.vjp(reference, *inputs)
-        return vjp(outputs[0] if single else outputs)
+        _, pullback, *_ = torch.func.vjp(reference, *inputs)
+        return pullback(outputs[0] if single else outputs)
 
-    result, vjp = torch.func.vjp(backward, *primals, *cotangents)
-    full = tuple(torch.zeros_like(r) if g is None else g for r, g in zip(result, grads, strict=True))
-    return vjp(full)
+    result, pullback, *_ = torch.func.vjp(backward, *primals, *cotangents)
+    full = tuple(
+        torch.zeros_like(r) if g is None else g for r, g in zip(result, grads, strict=True)
+    )
+    return pullback(full)

@@ -1,4 +1,5 @@
-"""Argument checks shared by the public functions; every message names the argument, what was expected, what came."""
+"""Argument checks shared by the public functions; every message names the argument, what was
+expected, what came."""
 
 from __future__ import annotations
 

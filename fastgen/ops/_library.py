@@ -1,7 +1,7 @@
 """The one `torch.library.Library` of fastgen, and the loading of the compiled parts.
 
-Schemas are defined here in Python, implementations in C++ (csrc/), so that a missing compiled part leaves a clean
-NotImplementedError and never two definitions of one schema.
+Schemas are defined here in Python, implementations in C++ (csrc/), so that a missing compiled part
+leaves a clean NotImplementedError and never two definitions of one schema.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
 def register_vmap_fold(name: str) -> None:
     """vmap of raw operator `name` by folding the vmapped dimension into the batch.
 
-    Right for operators whose every tensor argument and result has the batch first and whose samples do not depend on
-    each other or on their index.
+    Right for operators whose every tensor argument and result has the batch first and whose samples
+    do not depend on each other or on their index.
     """
     op = getattr(torch.ops.fastgen, name)
 
@@ -46,14 +46,16 @@ def register_vmap_fold(name: str) -> None:
         flat = [arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in batched]
         result = op(*flat)
         results = result if isinstance(result, (tuple, list)) else (result,)
-        out = tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results)
+        out = tuple(
+            r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results
+        )
         return (out, (0,) * len(out)) if isinstance(result, (tuple, list)) else (out[0], 0)
 
     torch.library.register_vmap(f"fastgen::{name}", fold, lib=LIBRARY)
 
 
 def register_vmap_loop(name: str) -> None:
-    """vmap of raw operator `name` one slice at a time, for operators whose batch cannot be folded."""
+    """vmap of raw operator `name` one slice at a time, where the batch cannot be folded."""
     op = getattr(torch.ops.fastgen, name)
 
     def loop(info: Any, in_dims: tuple, *args: Any) -> tuple:
@@ -97,7 +99,8 @@ _BUILD = _build.info()
 #: Why the CPU kernels are unavailable, or None.
 cpu_unavailable = _load("_C", _BUILD["cpu"], _BUILD["cpu_reason"])
 
-#: Why the CUDA kernels are unavailable, or None. CPU torch has no CUDA symbols, so the module is not even tried.
+#: Why the CUDA kernels are unavailable, or None. CPU torch lacks the symbols they need, so the
+#: module is not even tried there.
 cuda_unavailable = (
     _load("_C_cuda", _BUILD["cuda"], _BUILD["cuda_reason"])
     if torch.version.cuda

@@ -3,13 +3,14 @@
     y = s * x + t,  log_det = sum(log s)            (forward)
     y = (x - t) / s,  log_det = -sum(log s)         (inverse)
 
-with s > 0 computed from the raw output a of the conditioner: log s = a ("exp", NICE/RealNVP: Dinh et al. 2017, eq. 7),
-f * tanh(a) ("tanh", the bounded form that RealNVP trains with), log sigmoid(a + 2) ("sigmoid", Glow: Kingma & Dhariwal
-2018), f * (2/pi) * atan(a) ("atan", the soft clamp of Ardizzone et al. 2019), where f is `scale_factor`.
+with s > 0 computed from the raw output a of the conditioner: log s = a ("exp", RealNVP: Dinh et al.
+2017, eq. 7), f * tanh(a) ("tanh", the bounded form that RealNVP trains with), log sigmoid(a + 2)
+("sigmoid", Glow: Kingma & Dhariwal 2018), f * (2/pi) * atan(a) ("atan", the soft clamp of Ardizzone
+et al. 2019), where f is `scale_factor`.
 
-Shapes: x, raw_scale, shift (B, ...), one dtype of float32, float64, float16, bfloat16; y as x; log_det (B,) float32,
-float64 for float64 inputs. Half inputs are computed in float32. Gradients: first order fused, second and higher by the
-reference. Backends: cpu, reference.
+Shapes: x, raw_scale, shift (B, ...), one dtype of float32, float64, float16, bfloat16; y as x;
+log_det (B,) float32, float64 for float64 inputs. Half inputs are computed in float32. Gradients:
+first order fused, second and higher by the reference. Backends: cpu, reference.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from torch.autograd import Function
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, autocast_promote, needs_grad, reference_vjp
+from fastgen.ops._autograd import (
+    accumulate_dtype,
+    autocast_promote,
+    needs_grad,
+    reference_vjp,
+    sum_per_sample,
+)
 
 __all__ = ["affine_coupling"]
 
@@ -34,8 +41,8 @@ _library.define(
     "float scale_factor) -> (Tensor, Tensor)"
 )
 _library.define(
-    "affine_coupling_bwd(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor raw_scale, Tensor shift, "
-    "str scale, bool inverse, float scale_factor) -> (Tensor, Tensor, Tensor)"
+    "affine_coupling_bwd(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor raw_scale, "
+    "Tensor shift, str scale, bool inverse, float scale_factor) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -78,7 +85,7 @@ def affine_coupling_reference(
         log_s = torch.nn.functional.logsigmoid(a + 2)
     else:
         log_s = scale_factor * (2 / math.pi) * torch.atan(a)
-    log_det = log_s.flatten(1).sum(1)
+    log_det = sum_per_sample(log_s)
     if inverse:
         return ((x.to(dtype) - shift.to(dtype)) * torch.exp(-log_s)).to(x.dtype), -log_det
     return (x.to(dtype) * torch.exp(log_s) + shift.to(dtype)).to(x.dtype), log_det
@@ -210,7 +217,5 @@ def affine_coupling(
 
     Autocast: mixed dtypes become the widest of them.
     """
-    args = _prepare(
-        x, raw_scale, shift, scale=scale, inverse=inverse, scale_factor=scale_factor
-    )
+    args = _prepare(x, raw_scale, shift, scale=scale, inverse=inverse, scale_factor=scale_factor)
     return _OP(args, backend)

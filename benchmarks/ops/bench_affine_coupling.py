@@ -1,0 +1,20 @@
+"""affine_coupling: reads x, raw_scale and shift, writes y; log_det is negligible."""
+
+import torch
+
+from benchmarks.harness import Case
+from fastgen import ops
+
+
+def _case(batch: int, size: int) -> Case:
+    return Case(
+        op="affine_coupling",
+        size=f"{batch}x{size}",
+        make=lambda: tuple(torch.randn(batch, size) for _ in range(3)),
+        call=ops.affine_coupling,
+        grad=(0, 1, 2),
+        bytes=4 * 4 * batch * size,
+    )
+
+
+CASES = [_case(65536, 64), _case(1024, 3072), _case(16, 64)]
