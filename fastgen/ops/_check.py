@@ -27,6 +27,14 @@ def floating(value: Any, name: str) -> None:
         )
 
 
+def has_dtype(value: Any, name: str, dtype: torch.dtype) -> None:
+    """Raises TypeError unless `value` is a tensor of `dtype`."""
+    is_tensor(value, name)
+    if value.dtype != dtype:
+        expected = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected dtype {expected}, got {_dtype(value)}")
+
+
 def matches(value: Any, name: str, like: Tensor, like_name: str) -> None:
     """Raises unless `value` is a tensor with the dtype and device of `like`."""
     is_tensor(value, name)
@@ -71,6 +79,30 @@ def positive(value: Any, name: str) -> None:
         raise TypeError(f"{name}: expected a positive number, got {type(value).__name__}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def non_negative(value: Any, name: str) -> None:
+    """Raises unless `value` is a finite number of at least zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def positive_int(value: Any, name: str) -> None:
+    """Raises unless `value` is an int (or torch.SymInt) of at least one."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected a positive int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value}")
+
+
+def between(value: Any, name: str, least: float, most: float) -> None:
+    """Raises unless `value` is a number in [`least`, `most`]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected a number in [{least}, {most}], got {value}")
 
 
 def _dtype(value: Tensor) -> str:
