@@ -17,6 +17,10 @@ from torch import Tensor
 
 from fastgen import _build
 
+#: Names of the instruction sets of the CPU kernels; raw operators `cpu_isa` and `force_cpu_isa`
+#: speak of them by position.
+CPU_ISAS = ("portable", "avx2", "avx512")
+
 LIBRARY = torch.library.Library("fastgen", "DEF")
 
 
@@ -92,7 +96,9 @@ def _load(module: str, expected: bool, why_not: str) -> str | None:
 
 
 define("cpu_isa() -> int")
+define("best_cpu_isa() -> int")
 define("force_cpu_isa(int isa) -> int")
+define("cuda_probe(Tensor x) -> Tensor")
 
 _BUILD = _build.info()
 
