@@ -7,7 +7,7 @@
 // rounding error of a score then proves the winner, or it does not, and the codes that are within the bound are
 // compared in float64. Cosine is the same search over codes of length one, without |e|^2.
 
-#include "vq_search.h"
+#include "vq.h"
 
 namespace fastgen {
 
@@ -37,12 +37,12 @@ struct SearchBlock {
   std::int64_t* open;  // kBlockRows
 };
 
-template <class S, class T>
+template <class S>
 struct ReadRows {
   const S* x;
   const Tokens* tokens;
   std::int64_t head, first, count;
-  T* out;
+  acc_t<S>* out;
 };
 
 constexpr int kMaxTileRows = 12;
@@ -114,10 +114,25 @@ Codebook<T>::Codebook(const Tensor& codebook)
 template struct Codebook<float>;
 template struct Codebook<double>;
 
+template <class S>
+void read_rows(const Tokens& tokens, std::int64_t head, std::int64_t first, std::int64_t count, acc_t<S>* out) {
+  const ReadRows<S> args{data<S>(tokens.tensor), &tokens, head, first, count, out};
+  FASTGEN_DISPATCH_ISA(read_rows, args);
+}
+template void read_rows<float>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, float*);
+template void read_rows<double>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, double*);
+template void read_rows<Half>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, float*);
+template void read_rows<BFloat16>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, float*);
+
 std::int64_t block_rows(std::int64_t rows) {
   const std::int64_t sixteenth = (rows + 15) / 16;
   const std::int64_t whole_tiles = (sixteenth + kMaxTileRows - 1) / kMaxTileRows * kMaxTileRows;
   return std::clamp<std::int64_t>(whole_tiles, kMaxTileRows, kBlockRows);
+}
+
+std::int64_t block_count(const Tokens& x) {
+  const std::int64_t step = block_rows(x.rows);
+  return x.heads * ((x.rows + step - 1) / step);
 }
 
 void check_codebook(const Tensor& x, const Tensor& codebook, const char* op) {
@@ -285,12 +300,6 @@ struct SearchMemory {
         open(kBlockRows) {}
 };
 
-template <class S, class T>
-void read_block(const Tokens& tokens, std::int64_t head, std::int64_t first, std::int64_t count, T* out) {
-  const ReadRows<S, T> args{static_cast<const S*>(tokens.tensor.data_ptr()), &tokens, head, first, count, out};
-  FASTGEN_DISPATCH_ISA(read_rows, args);
-}
-
 template <class T>
 void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes, std::int64_t* indices,
                  T* distance, const std::function<void(const FoundRows<T>&, std::int64_t)>& visit) {
@@ -302,7 +311,7 @@ void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes
       const std::int64_t first = b * step, count = std::min(step, x.rows - first), row = head * x.rows + first;
       dispatch_dtype(x.tensor.scalar_type(), "vq", [&](auto* t) {
         using S = std::remove_pointer_t<decltype(t)>;
-        if constexpr (std::is_same_v<acc_t<S>, T>) read_block<S>(x, head, first, count, memory.rows.data());
+        if constexpr (std::is_same_v<acc_t<S>, T>) read_rows<S>(x, head, first, count, memory.rows.data());
       });
       const SearchBlock<T> block{memory.rows.data(),  count,
                                  indices + row,       distance == nullptr ? nullptr : distance + row,
@@ -318,18 +327,17 @@ void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes
 }  // namespace
 
 template <class T>
-void vq_search(const Tensor& x, const Codebook<T>& codebook, bool cosine, std::int64_t* indices, T* distance,
+void vq_search(const Tokens& x, const Codebook<T>& codebook, bool cosine, std::int64_t* indices, T* distance,
                const std::function<void(const FoundRows<T>&, std::int64_t)>& visit) {
-  const Tokens tokens(x, codebook.tensor.dim() == 3);
-  if (tokens.rows == 0) return;
-  for (std::int64_t h = 0; h < tokens.heads; ++h) {
+  if (x.rows == 0) return;
+  for (std::int64_t h = 0; h < x.heads; ++h) {
     const Packing<T> packing(codebook.head(h), codebook.count, codebook.size, cosine);
-    search_head(tokens, h, packing.codes(), indices, distance, visit);
+    search_head(x, h, packing.codes(), indices, distance, visit);
   }
 }
-template void vq_search<float>(const Tensor&, const Codebook<float>&, bool, std::int64_t*, float*,
+template void vq_search<float>(const Tokens&, const Codebook<float>&, bool, std::int64_t*, float*,
                                const std::function<void(const FoundRows<float>&, std::int64_t)>&);
-template void vq_search<double>(const Tensor&, const Codebook<double>&, bool, std::int64_t*, double*,
+template void vq_search<double>(const Tokens&, const Codebook<double>&, bool, std::int64_t*, double*,
                                 const std::function<void(const FoundRows<double>&, std::int64_t)>&);
 
 namespace {
@@ -345,8 +353,8 @@ std::tuple<Tensor, Tensor> vq_nearest_fwd(const Tensor& x, const Tensor& codeboo
   Tensor distance = new_empty(x, return_distance ? shape : std::vector<std::int64_t>{0}, type);
   const auto search = [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    vq_search<T>(x, Codebook<T>(codebook), metric == "cosine", data<std::int64_t>(indices),
-                 return_distance ? data<T>(distance) : nullptr, {});
+    vq_search<T>(Tokens(x, codebook.dim() == 3), Codebook<T>(codebook), metric == "cosine",
+                 data<std::int64_t>(indices), return_distance ? data<T>(distance) : nullptr, {});
   };
   type == ScalarType::Double ? search(static_cast<double*>(nullptr)) : search(static_cast<float*>(nullptr));
   return {indices, distance};

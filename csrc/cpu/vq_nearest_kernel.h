@@ -22,8 +22,9 @@ std::int64_t panel_width() {
   return 2 * Vec<T>::width;
 }
 
-template <class S, class T>
-void read_rows(const ReadRows<S, T>& a) {
+template <class S>
+void read_rows(const ReadRows<S>& a) {
+  using T = acc_t<S>;
   const Tokens& t = *a.tokens;
   for (std::int64_t i = 0; i < a.count; ++i) {
     const S* row = a.x + t.offset(a.head, a.first + i);

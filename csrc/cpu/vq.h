@@ -1,4 +1,5 @@
-// The exact nearest-code search, shared by vq_nearest and vq_quantize. How it works: vq_nearest.cpp.
+// What vq_nearest, vq_quantize and vq_codebook_stats share: rows wherever they lie, the exact search (how it
+// works: vq_nearest.cpp) and sums by code (vq_codebook_stats.cpp).
 #pragma once
 
 #include <functional>
@@ -44,15 +45,32 @@ struct FoundRows {
 
 constexpr std::int64_t kBlockRows = 240;
 
+// Rows [first, first + count) of a head, dense and in the arithmetic type.
+template <class S>
+void read_rows(const Tokens& tokens, std::int64_t head, std::int64_t first, std::int64_t count, acc_t<S>* out);
+
 // Rows a block; a function of the number of rows alone, so that sums by block never depend on threads.
 std::int64_t block_rows(std::int64_t rows);
 
+// How many blocks vq_search visits.
+std::int64_t block_count(const Tokens& x);
+
 void check_codebook(const Tensor& x, const Tensor& codebook, const char* op);
+
+// Throws std::invalid_argument (in Python a ValueError) for an index outside [0, codebook_size).
+void check_indices(const std::int64_t* indices, std::int64_t count, std::int64_t codebook_size);
 
 // Writes the index of the nearest code of every row, and its distance where `distance` is not null; calls
 // visit(found, block) for every block, from several threads. x and the codebook have passed check_codebook.
 template <class T>
-void vq_search(const Tensor& x, const Codebook<T>& codebook, bool cosine, std::int64_t* indices, T* distance,
+void vq_search(const Tokens& x, const Codebook<T>& codebook, bool cosine, std::int64_t* indices, T* distance,
                const std::function<void(const FoundRows<T>&, std::int64_t block)>& visit);
+
+// out[c] = scale * sum of (x_n - codes[c]) over the rows n with code c, in row order, in float64; without codes
+// the sum of x_n alone. The codes of head h are h * codebook_size + its indices. counts may be null. Indices are
+// those of check_indices.
+template <class S, class O>
+void sum_by_code(const Tokens& x, const std::int64_t* indices, std::int64_t codebook_size, const acc_t<S>* codes,
+                 double scale, O* out, acc_t<S>* counts);
 
 }  // namespace fastgen
