@@ -178,9 +178,9 @@ class Codebook(nn.Module):
         Counts; for EMA the sums; for revival the candidate rows and whether there is one.
         """
         rows = rows.to(self.codebook.dtype)
-        summed = rows if self.ema else rows[:, :0]
+        summed = rows if self.ema else rows[:, :1]
         counts, sums = _kmeans.row_statistics(summed, indices, mask, self.num_codes)
-        columns = [counts[:, None], sums]
+        columns = [counts[:, None], sums] if self.ema else [counts[:, None]]
         if self.revive_after is not None:
             columns.append(_kmeans.candidates(rows, mask, self.num_codes, self.sync))
         return torch.cat(columns, 1)

@@ -181,7 +181,7 @@ class ResidualVQ(nn.Module):
         limit = torch.randint(1, count + 1, shape[:1], device=last.device)
         dropped = torch.rand(shape[:1], device=last.device) < self.quantize_dropout
         limit = torch.where(dropped, limit, count)
-        limit = limit.view(*shape[:1], *(1 for _ in shape[1:])).expand(shape).reshape(-1)
+        limit = limit.view(shape[:1] + (1,) * len(shape[1:])).expand(shape).reshape(-1)
         return [limit > i if valid is None else valid & (limit > i) for i in range(count)]
 
 

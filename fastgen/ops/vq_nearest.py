@@ -1,7 +1,7 @@
 """Nearest codebook vector: the search of vector quantization (van den Oord et al. 2017, eq. 2).
 
     euclidean: index = argmin_k key_k,  key_k = sum_j (x_j - e_kj)^2
-    cosine:    index = argmin_k key_k,  key_k = -sum_j x_j e_kj / |e_k|
+    cosine:    index = argmin_k key_k,  key_k = -d |d| / sum_j e_kj^2,  d = sum_j x_j e_kj
 
 The search is exact: the answer is the argmin of the keys computed in float64 from the values the
 inputs hold, summed in order over j, the lowest index on ties. It is therefore the same on every
@@ -78,18 +78,20 @@ def check_codebook(x: Tensor, codebook: Tensor) -> None:
 
 
 def _sum_in_order(terms: Tensor) -> Tensor:
-    total = torch.zeros_like(terms[..., 0])
+    total = terms.new_zeros(terms.shape[:-1])
     for term in terms.unbind(-1):
         total = total + term
     return total
 
 
-def _keys(x: Tensor, codes: Tensor, norms: Tensor, metric: str) -> Tensor:
-    """x (H, n, D), codes (D, H, 1, K), norms (H, 1, K), all float64 -> keys (H, n, K)."""
-    keys = torch.zeros_like(x[..., :1] * norms)
+def _keys(x: Tensor, codes: Tensor, squares: Tensor, metric: str) -> Tensor:
+    """x (H, n, D), codes (D, H, 1, K), squares (H, 1, K), float64 -> keys (H, n, K)."""
+    keys = x.new_zeros(*x.shape[:-1], squares.shape[-1])
     for x_j, e_j in zip(x.unsqueeze(-2).unbind(-1), codes.unbind(0), strict=True):
         keys = keys + ((x_j - e_j).square() if metric == "euclidean" else x_j * e_j)
-    return keys if metric == "euclidean" else torch.where(norms == 0, 0.0, -keys / norms)
+    if metric == "euclidean":
+        return keys
+    return torch.where(squares == 0, 0.0, -keys * keys.abs() / squares)
 
 
 def vq_nearest_reference(
@@ -99,23 +101,24 @@ def vq_nearest_reference(
 
     The distance is an empty tensor where it is not asked for.
     """
-    rows = x if codebook.dim() == 3 else x.reshape(1, -1, x.shape[-1])
-    heads = codebook.to(torch.float64).reshape(-1, *codebook.shape[-2:])
+    rows = x if codebook.dim() == 3 else x.flatten(0, -2).unsqueeze(0)
+    heads = (codebook if codebook.dim() == 3 else codebook.unsqueeze(0)).to(torch.float64)
     codes = heads.movedim(-1, 0).unsqueeze(-2).contiguous()
-    norms = _sum_in_order(heads.square()).sqrt().unsqueeze(-2)
+    squares = _sum_in_order(heads.square()).unsqueeze(-2)
     # Inductor fuses the whole search into one loop over the keys; cut up, it would be unrolled.
-    chunk = rows.shape[1] if torch.compiler.is_compiling() else CHUNK // norms.numel()
+    chunk = rows.shape[1] if torch.compiler.is_compiling() else CHUNK // squares.numel()
     indices, distances = [], []
     for part in rows.split(max(chunk, 1), dim=1):
         part = part.to(torch.float64)
-        keys = _keys(part, codes, norms, metric)
+        keys = _keys(part, codes, squares, metric)
         index = torch.where(keys.isfinite(), keys, float("inf")).argmin(-1)
         indices.append(index)
         if return_distance:
             key = keys.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             if metric == "cosine":
-                length = _sum_in_order(part.square()).sqrt()
-                key = 2 + 2 * torch.where(length == 0, 0.0, key / length)
+                square = _sum_in_order(part.square())
+                cosine = torch.where(square == 0, 0.0, -key.sign() * (key.abs() / square).sqrt())
+                key = (2 - 2 * cosine).clamp(min=0)
             distances.append(key)
     shape, dtype = x.shape[:-1], accumulate_dtype(x.dtype)
     if not return_distance:

@@ -1,0 +1,309 @@
+// Exact nearest-code search over one block of rows, for one instruction set; see vq_nearest.cpp.
+
+namespace fastgen::FASTGEN_ISA_NS {
+
+// Rows a tile: as many as leave registers for one panel row. With few dimensions the running minima cost as much
+// as the products, so there the tile is small enough to keep them in registers too.
+#if defined(FASTGEN_SIMD_AVX512)
+constexpr int kTileRows = 12, kShallowTileRows = 4;
+#elif defined(FASTGEN_SIMD_AVX2)
+constexpr int kTileRows = 6, kShallowTileRows = 2;
+#else
+constexpr int kTileRows = 2, kShallowTileRows = 2;
+#endif
+static_assert(kTileRows <= kMaxTileRows && kMaxTileRows % kTileRows == 0 && kMaxTileRows % kShallowTileRows == 0);
+constexpr std::int64_t kShallow = 16;
+
+// The part of the packed codebook that is scored against all rows of a block before the next: it stays in L2.
+constexpr std::int64_t kChunkBytes = 256 * 1024;
+
+template <class T>
+std::int64_t panel_width() {
+  return 2 * Vec<T>::width;
+}
+
+template <class S>
+void read_rows(const ReadRows<S>& a) {
+  using T = acc_t<S>;
+  const Tokens& t = *a.tokens;
+  for (std::int64_t i = 0; i < a.count; ++i) {
+    const S* row = a.x + t.offset(a.head, a.first + i);
+    T* out = a.out + i * t.size;
+    if (t.element_stride != 1) {
+      for (std::int64_t j = 0; j < t.size; ++j) out[j] = static_cast<T>(row[j * t.element_stride]);
+      continue;
+    }
+    std::int64_t j = 0;
+    for (; j + Vec<T>::width <= t.size; j += Vec<T>::width) store(out + j, load(row + j));
+    const int rest = static_cast<int>(t.size - j);
+    if (rest > 0) store_n(out + j, load_n(row + j, rest), rest);
+  }
+}
+
+// The float64 key that defines the answer; summed in order, like the reference.
+template <class T>
+double exact_key(const PackedCodes<T>& c, const T* row, std::int64_t k) {
+  const T* code = c.codes + k * c.size;
+  double sum = 0;
+  if (!c.cosine) {
+    for (std::int64_t j = 0; j < c.size; ++j) {
+      const double difference = static_cast<double>(row[j]) - static_cast<double>(code[j]);
+      sum += difference * difference;
+    }
+    return sum;
+  }
+  for (std::int64_t j = 0; j < c.size; ++j) sum += static_cast<double>(row[j]) * static_cast<double>(code[j]);
+  return c.square[k] == 0 ? 0 : -sum * std::fabs(sum) / c.square[k];
+}
+
+template <class T>
+T exact_distance(const PackedCodes<T>& c, const T* row, std::int64_t k) {
+  const double key = exact_key(c, row, k);
+  if (!c.cosine) return static_cast<T>(key);
+  double square = 0;
+  for (std::int64_t j = 0; j < c.size; ++j) square += static_cast<double>(row[j]) * static_cast<double>(row[j]);
+  const double cosine = square == 0 ? 0 : std::copysign(std::sqrt(std::fabs(key) / square), -key);
+  // Written so that NaN stays.
+  return static_cast<T>(cosine > 1 ? 0 : 2 - 2 * cosine);
+}
+
+struct Nearest {
+  double key = std::numeric_limits<double>::infinity();
+  std::int64_t index = 0;
+
+  // In ascending order of k, so that the lowest index wins ties.
+  void offer(double candidate, std::int64_t k) {
+    if (candidate < key && candidate > -std::numeric_limits<double>::infinity()) {
+      key = candidate;
+      index = k;
+    }
+  }
+};
+
+template <class T>
+std::int64_t nearest_by_key(const PackedCodes<T>& c, const T* row) {
+  Nearest nearest;
+  for (std::int64_t k = 0; k < c.count; ++k) nearest.offer(exact_key(c, row, k), k);
+  return nearest.index;
+}
+
+// Centres `count` rows, interleaves them (element j of row i at tile[j * R + i]) and gives an upper bound of their
+// lengths. Missing rows are zero.
+template <class T, int R>
+void centre_tile(const PackedCodes<T>& c, const T* rows, std::int64_t count, T* tile, T* norms) {
+  using V = Vec<T>;
+  const T rounding = static_cast<T>(c.size + 8) * std::numeric_limits<T>::epsilon();
+  const T underflow = static_cast<T>(c.size) * std::numeric_limits<T>::min();
+  for (std::int64_t i = 0; i < R; ++i) {
+    if (i >= count) {
+      for (std::int64_t j = 0; j < c.size; ++j) tile[j * R + i] = T(0);
+      continue;
+    }
+    const T* row = rows + i * c.size;
+    V squares(T(0));
+    std::int64_t j = 0;
+    alignas(64) T lanes[V::width];
+    for (; j < c.size; j += V::width) {
+      const int n = static_cast<int>(std::min<std::int64_t>(V::width, c.size - j));
+      const V centred =
+          n == V::width ? load(row + j) - load(c.mean + j) : load_n(row + j, n) - load_n(c.mean + j, n);
+      squares = fma(centred, centred, squares);
+      store(static_cast<T*>(lanes), centred);
+      for (int l = 0; l < n; ++l) tile[(j + l) * R + i] = lanes[l];
+    }
+    norms[i] = std::sqrt(sum(squares) + underflow) * (T(1) + rounding);
+  }
+}
+
+// Scores of R rows against one panel: low for its first vector of codes, high for its second.
+template <class T, int R>
+inline void score_panel(const T* tile, const T* panel, const T* start, std::int64_t size, Vec<T> (&low)[R],
+                        Vec<T> (&high)[R]) {
+  using V = Vec<T>;
+  const V start_low = load(start), start_high = load(start + V::width);
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    low[i] = start_low;
+    high[i] = start_high;
+  }
+  for (std::int64_t j = 0; j < size; ++j) {
+    const V code_low = load(panel), code_high = load(panel + V::width);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const V x = V(tile[i]);
+      low[i] = fma(x, code_low, low[i]);
+      high[i] = fma(x, code_high, high[i]);
+    }
+    panel += 2 * V::width;
+    tile += R;
+  }
+}
+
+template <class T>
+inline void keep_least(Vec<T> score, T vector, Vec<T>& best, Vec<T>& second, Vec<T>& index) {
+  second = min(second, max(best, score));
+  index = select(score < best, Vec<T>(vector), index);
+  best = min(score, best);
+}
+
+// Scores a tile against panels [first, last). lanes: per row the best scores, the second best and the number of
+// the vector of codes that holds the best, one of each a lane.
+template <class T, int R>
+void scan_panels(const PackedCodes<T>& c, const T* tile, std::int64_t first, std::int64_t last, T* lanes) {
+  using V = Vec<T>;
+  constexpr int w = V::width;
+  V best[R], second[R], index[R];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    best[i] = load(lanes + (3 * i) * w);
+    second[i] = load(lanes + (3 * i + 1) * w);
+    index[i] = load(lanes + (3 * i + 2) * w);
+  }
+  for (std::int64_t p = first; p < last; ++p) {
+    V low[R], high[R];
+    score_panel<T, R>(tile, c.panels + p * 2 * w * c.size, c.start + p * 2 * w, c.size, low, high);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      keep_least(low[i], static_cast<T>(2 * p), best[i], second[i], index[i]);
+      keep_least(high[i], static_cast<T>(2 * p + 1), best[i], second[i], index[i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    store(lanes + (3 * i) * w, best[i]);
+    store(lanes + (3 * i + 1) * w, second[i]);
+    store(lanes + (3 * i + 2) * w, index[i]);
+  }
+}
+
+// How far apart the scores of two codes must be for their order to be certain, for a row of length at most x whose
+// best score is `best`. Infinite where the arithmetic could overflow.
+//
+// With u the unit roundoff of T: centring moves each of x, e by at most u times its length; the score then is size
+// products and additions, each wrong by a factor of at most 1 + u. So a score is within (size + 8) u (e^2 + 2 x e)
+// of its exact value, where e is the length of the longest code that matters: a code longer than x + sqrt(best
+// distance) is farther than the best one whatever its score. The last two terms cover the float64 keys that the
+// order is defined by, and underflow.
+template <class T>
+double certain_gap(const PackedCodes<T>& c, double x, double best) {
+  const double unit = std::numeric_limits<T>::epsilon() / 2, size = static_cast<double>(c.size);
+  const double slack = 1.01 * (size + 12) * unit;
+  const auto terms = [&](double e) { return c.cosine ? 2 * x * e : e * e + 2 * x * e; };
+  double e = c.reach;
+  if (slack > 0.01 || !(terms(e) < std::numeric_limits<T>::max() / 16) || (c.cosine && x < kSafeLength)) {
+    return std::numeric_limits<double>::infinity();
+  }
+  if (!c.cosine) e = std::min(e, 1.001 * (x + std::sqrt(std::max(0.0, x * x + best + slack * terms(e)))));
+  const double key = (size + 8) * std::numeric_limits<double>::epsilon() * (c.cosine ? x : (x + e) * (x + e));
+  const double underflow = 16 * size * std::numeric_limits<T>::min() * (1 + x + e);
+  return 2 * (slack * terms(e) + key + underflow);
+}
+
+// Settles one row from its lanes: its code, or -1 and the score up to which codes must be compared by their keys.
+template <class T>
+std::int64_t settle(const PackedCodes<T>& c, const T* lanes, T norm, T* limit) {
+  using V = Vec<T>;
+  constexpr int w = V::width;
+  const V best = load(lanes), second = load(lanes + w);
+  const T least = reduce(best, [](T a, T b) { return std::min(a, b); });
+  const Mask<T> winners = best == V(least);
+  const unsigned bits = winners.bits();
+  const T next = reduce(select(winners, second, best), [](T a, T b) { return std::min(a, b); });
+  const double gap = certain_gap(c, static_cast<double>(norm), static_cast<double>(least));
+  const bool single = (bits & (bits - 1)) == 0;
+  if (single && static_cast<double>(next) - static_cast<double>(least) > gap) {
+    int lane = 0;
+    while (!(bits >> lane & 1u)) ++lane;
+    return static_cast<std::int64_t>(lanes[2 * w + lane]) * w + lane;
+  }
+  // Twice, for the rounding of the sum.
+  *limit = static_cast<T>(static_cast<double>(least) + 2 * gap);
+  return -1;
+}
+
+// Compares, for R rows of `list`, the keys of all codes that score up to the row's limit.
+template <class T, int R>
+void compare_candidates(const PackedCodes<T>& c, const SearchBlock<T>& b, const std::int64_t* list,
+                        std::int64_t n) {
+  using V = Vec<T>;
+  constexpr int w = V::width;
+  Nearest nearest[R];
+  T limit[R];
+  for (int i = 0; i < R; ++i) {
+    const std::int64_t row = list[std::min<std::int64_t>(i, n - 1)];
+    const T* source = b.tiles + row / R * R * c.size + row % R;
+    for (std::int64_t j = 0; j < c.size; ++j) b.tile[j * R + i] = source[j * R];
+    limit[i] = i < n ? b.norms[row] : -std::numeric_limits<T>::infinity();
+  }
+  const auto compare = [&](int i, Vec<T> score, std::int64_t k) {
+    for (unsigned bits = (score <= V(limit[i])).bits(); bits != 0; bits >>= 1, ++k) {
+      if (bits & 1u) nearest[i].offer(exact_key(c, b.rows + list[i] * c.size, k), k);
+    }
+  };
+  for (std::int64_t p = 0; p < c.panel_count; ++p) {
+    V low[R], high[R];
+    score_panel<T, R>(b.tile, c.panels + p * 2 * w * c.size, c.start + p * 2 * w, c.size, low, high);
+    for (int i = 0; i < R; ++i) {
+      compare(i, low[i], p * 2 * w);
+      compare(i, high[i], p * 2 * w + w);
+    }
+  }
+  for (std::int64_t i = 0; i < n; ++i) b.indices[list[i]] = nearest[i].index;
+}
+
+template <class T>
+bool all_finite(const T* row, std::int64_t size) {
+  return std::all_of(row, row + size, [](T x) { return std::isfinite(x); });
+}
+
+template <class T, int R>
+void search_tiles(const PackedCodes<T>& c, const SearchBlock<T>& b) {
+  using V = Vec<T>;
+  constexpr int w = V::width;
+  const std::int64_t tiles = (b.count + R - 1) / R, chunk_bytes = 2 * w * c.size * sizeof(T);
+  const std::int64_t chunk = std::max<std::int64_t>(1, kChunkBytes / std::max<std::int64_t>(1, chunk_bytes));
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    centre_tile<T, R>(c, b.rows + t * R * c.size, b.count - t * R, b.tiles + t * R * c.size, b.norms + t * R);
+  }
+  std::fill_n(b.lanes, tiles * R * 3 * w, std::numeric_limits<T>::infinity());
+  for (std::int64_t p = 0; p < c.panel_count; p += chunk) {
+    const std::int64_t last = std::min(p + chunk, c.panel_count);
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      scan_panels<T, R>(c, b.tiles + t * R * c.size, p, last, b.lanes + t * R * 3 * w);
+    }
+  }
+
+  std::int64_t open = 0;
+  for (std::int64_t i = 0; i < b.count; ++i) {
+    const T* row = b.rows + i * c.size;
+    T limit;
+    b.indices[i] = settle(c, b.lanes + i * 3 * w, b.norms[i], &limit);
+    if (b.indices[i] >= 0) continue;
+    if (!std::isfinite(limit)) {
+      b.indices[i] = all_finite(row, c.size) ? nearest_by_key(c, row) : 0;
+    } else if (open > 0 && std::equal(row, row + c.size, b.rows + b.open[open - 1] * c.size)) {
+      // Runs of equal rows (padding) are compared once.
+      b.indices[i] = -1 - b.open[open - 1];
+    } else {
+      b.norms[i] = limit;
+      b.open[open++] = i;
+    }
+  }
+  for (std::int64_t i = 0; i < open; i += R) {
+    compare_candidates<T, R>(c, b, b.open + i, std::min<std::int64_t>(R, open - i));
+  }
+  for (std::int64_t i = 0; i < b.count; ++i) {
+    if (b.indices[i] < 0) b.indices[i] = b.indices[-1 - b.indices[i]];
+  }
+}
+
+template <class T>
+void search_block(const PackedCodes<T>& c, const SearchBlock<T>& b) {
+  c.size <= kShallow ? search_tiles<T, kShallowTileRows>(c, b) : search_tiles<T, kTileRows>(c, b);
+  if (b.distance == nullptr) return;
+  for (std::int64_t i = 0; i < b.count; ++i) {
+    b.distance[i] = exact_distance(c, b.rows + i * c.size, b.indices[i]);
+  }
+}
+
+}  // namespace fastgen::FASTGEN_ISA_NS
