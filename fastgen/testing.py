@@ -292,6 +292,44 @@ def _affine_coupling(scale: str, inverse: bool) -> OpCase:
     )
 
 
+def _normal(dims: int) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        return Sample((maker.key(), shape), {"dtype": maker.dtype})
+
+    shapes: dict[int, tuple[tuple[int, ...], ...]] = {
+        0: ((),),
+        1: ((7,), (1,), (4,), (9001,), (0,)),
+        3: ((2, 3, 5), (1, 1, 1), (3, 0, 2)),
+    }
+    return OpCase(
+        op="normal",
+        name=f"{dims}d",
+        make=make,
+        shapes=shapes[dims],
+        grad_shape=shapes[dims][0],
+        big_shape=(71,) * dims,
+        dims=((0, 40),) * dims,
+    )
+
+
+def _reparam_kl(noise: bool) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        given = tuple(maker.randn(*shape) for _ in range(3 if noise else 2))
+        return Sample(given, {} if noise else {"key": maker.key()})
+
+    return OpCase(
+        op="reparam_kl",
+        name="noise" if noise else "key",
+        make=make,
+        shapes=((4, 6), (3, 2, 5, 7), (1, 1), (5,), (2, 9001), (0, 4), (3, 0)),
+        grad_shape=(2, 3),
+        big_shape=(257, 129),
+        dims=((0, 5), (0, 40)),
+        grad=(0, 1, 2) if noise else (0, 1),
+        vmap=(0, 1, 2) if noise else (0, 1),
+    )
+
+
 #: Every row. Keep the rows of an op together, in the order of fastgen/ops/__init__.py.
 CASES: tuple[OpCase, ...] = (
     *(
@@ -299,4 +337,6 @@ CASES: tuple[OpCase, ...] = (
         for scale in ("exp", "tanh", "sigmoid", "atan")
         for inverse in (False, True)
     ),
+    *(_normal(dims) for dims in (0, 1, 3)),
+    *(_reparam_kl(noise) for noise in (False, True)),
 )

@@ -87,6 +87,42 @@ inline Words bits(Vec<float> a) { return _mm512_castps_si512(a.v); }
 inline Vec<float> as_float(Words a) { return _mm512_castsi512_ps(a.v); }
 inline Words to_int(Vec<float> a) { return _mm512_cvtps_epi32(a.v); }
 inline Vec<float> int_to_float(Words a) { return _mm512_cvtepi32_ps(a.v); }
+// a * 2^n for integral n in [-252, 254], rounded once.
+inline Vec<float> scale2(Vec<float> a, Vec<float> n) { return _mm512_scalef_ps(a.v, n.v); }
+// a where the top bit of m is set, else b.
+inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(m.v), b.v, a.v);
+}
+
+// Half as many 64-bit words.
+struct WideWords {
+  static constexpr int width = 8;
+  __m512i v;
+  WideWords() = default;
+  WideWords(__m512i r) : v(r) {}
+  WideWords(std::uint64_t s) : v(_mm512_set1_epi64(static_cast<long long>(s))) {}
+  static WideWords load(const std::uint64_t* p) { return _mm512_loadu_si512(p); }
+  WideWords high() const { return _mm512_srli_epi64(v, 32); }
+};
+inline WideWords operator+(WideWords a, WideWords b) { return _mm512_add_epi64(a.v, b.v); }
+inline WideWords xor3(WideWords a, WideWords b, WideWords c) {
+  return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96);
+}
+// The 64-bit product of the low halves.
+inline WideWords mul_low(WideWords a, WideWords b) { return _mm512_mul_epu32(a.v, b.v); }
+// The low halves, those of `even` in the even lanes.
+inline Words interleave_low(WideWords even, WideWords odd) {
+  return _mm512_mask_blend_epi32(0xaaaa, even.v, _mm512_slli_epi64(odd.v, 32));
+}
+// Transposes the 4 x 4 matrices that 4 lanes of 4 vectors form.
+inline void transpose4(Words (&w)[4]) {
+  const __m512i ab0 = _mm512_unpacklo_epi32(w[0].v, w[1].v), ab1 = _mm512_unpackhi_epi32(w[0].v, w[1].v);
+  const __m512i cd0 = _mm512_unpacklo_epi32(w[2].v, w[3].v), cd1 = _mm512_unpackhi_epi32(w[2].v, w[3].v);
+  w[0] = _mm512_unpacklo_epi64(ab0, cd0);
+  w[1] = _mm512_unpackhi_epi64(ab0, cd0);
+  w[2] = _mm512_unpacklo_epi64(ab1, cd1);
+  w[3] = _mm512_unpackhi_epi64(ab1, cd1);
+}
 
 inline Vec<float> load(const BFloat16* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -192,6 +228,37 @@ inline Words bits(Vec<float> a) { return _mm256_castps_si256(a.v); }
 inline Vec<float> as_float(Words a) { return _mm256_castsi256_ps(a.v); }
 inline Words to_int(Vec<float> a) { return _mm256_cvtps_epi32(a.v); }
 inline Vec<float> int_to_float(Words a) { return _mm256_cvtepi32_ps(a.v); }
+inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
+  return _mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(m.v));
+}
+
+struct WideWords {
+  static constexpr int width = 4;
+  __m256i v;
+  WideWords() = default;
+  WideWords(__m256i r) : v(r) {}
+  WideWords(std::uint64_t s) : v(_mm256_set1_epi64x(static_cast<long long>(s))) {}
+  static WideWords load(const std::uint64_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  WideWords high() const { return _mm256_srli_epi64(v, 32); }
+};
+inline WideWords operator+(WideWords a, WideWords b) { return _mm256_add_epi64(a.v, b.v); }
+inline WideWords xor3(WideWords a, WideWords b, WideWords c) {
+  return _mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v);
+}
+inline WideWords mul_low(WideWords a, WideWords b) { return _mm256_mul_epu32(a.v, b.v); }
+inline Words interleave_low(WideWords even, WideWords odd) {
+  return _mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xaa);
+}
+inline void transpose4(Words (&w)[4]) {
+  const __m256i ab0 = _mm256_unpacklo_epi32(w[0].v, w[1].v), ab1 = _mm256_unpackhi_epi32(w[0].v, w[1].v);
+  const __m256i cd0 = _mm256_unpacklo_epi32(w[2].v, w[3].v), cd1 = _mm256_unpackhi_epi32(w[2].v, w[3].v);
+  w[0] = _mm256_unpacklo_epi64(ab0, cd0);
+  w[1] = _mm256_unpackhi_epi64(ab0, cd0);
+  w[2] = _mm256_unpacklo_epi64(ab1, cd1);
+  w[3] = _mm256_unpackhi_epi64(ab1, cd1);
+}
 
 inline Vec<float> load(const BFloat16* p) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -370,6 +437,54 @@ inline Vec<float> int_to_float(Words a) {
   for (int i = 0; i < Words::width; ++i) r.v[i] = static_cast<float>(static_cast<std::int32_t>(a.v[i]));
   return r;
 }
+inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
+  for (int i = 0; i < Words::width; ++i) a.v[i] = m.v[i] >> 31 ? a.v[i] : b.v[i];
+  return a;
+}
+
+struct WideWords {
+  static constexpr int width = Words::width / 2;
+  std::uint64_t v[width];
+  WideWords() = default;
+  WideWords(std::uint64_t s) { FASTGEN_EACH v[i] = s; }
+  static WideWords load(const std::uint64_t* p) {
+    WideWords r;
+    FASTGEN_EACH r.v[i] = p[i];
+    return r;
+  }
+  WideWords high() const {
+    WideWords r;
+    FASTGEN_EACH r.v[i] = v[i] >> 32;
+    return r;
+  }
+  friend WideWords operator+(WideWords a, WideWords b) {
+    FASTGEN_EACH a.v[i] += b.v[i];
+    return a;
+  }
+  friend WideWords xor3(WideWords a, WideWords b, WideWords c) {
+    FASTGEN_EACH a.v[i] ^= b.v[i] ^ c.v[i];
+    return a;
+  }
+  friend WideWords mul_low(WideWords a, WideWords b) {
+    FASTGEN_EACH a.v[i] = (a.v[i] & 0xffffffffu) * (b.v[i] & 0xffffffffu);
+    return a;
+  }
+  friend Words interleave_low(WideWords even, WideWords odd) {
+    Words r;
+    FASTGEN_EACH {
+      r.v[2 * i] = static_cast<std::uint32_t>(even.v[i]);
+      r.v[2 * i + 1] = static_cast<std::uint32_t>(odd.v[i]);
+    }
+    return r;
+  }
+};
+inline void transpose4(Words (&w)[4]) {
+  for (int block = 0; block < Words::width; block += 4) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < i; ++j) std::swap(w[i].v[block + j], w[j].v[block + i]);
+    }
+  }
+}
 
 template <class H>
 inline Vec<float> load(const H* p) {
@@ -384,6 +499,15 @@ inline void store(H* p, Vec<float> a) {
 
 #undef FASTGEN_EACH
 
+#endif
+
+#if !defined(FASTGEN_SIMD_AVX512)
+inline Vec<float> scale2(Vec<float> a, Vec<float> n) {
+  // Two factors reach the subnormals and infinity without leaving the range of one.
+  const Vec<float> half = floor(n * Vec<float>(0.5f));
+  const auto factor = [](Vec<float> k) { return as_float((to_int(k) + Words(127u)).shl<23>()); };
+  return a * factor(half) * factor(n - half);
+}
 #endif
 
 inline Vec<float> load(const float* p) { return Vec<float>::load(p); }
