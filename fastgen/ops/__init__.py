@@ -3,10 +3,18 @@ function."""
 
 from fastgen import backends
 from fastgen.ops.affine_coupling import affine_coupling
+from fastgen.ops.rq_spline import rq_spline
 from fastgen.ops.vq_codebook_stats import vq_codebook_stats
 from fastgen.ops.vq_nearest import vq_nearest
 from fastgen.ops.vq_quantize import VQResult, vq_quantize
 
-__all__ = ["VQResult", "affine_coupling", "vq_codebook_stats", "vq_nearest", "vq_quantize"]
+__all__ = [
+    "VQResult",
+    "affine_coupling",
+    "rq_spline",
+    "vq_codebook_stats",
+    "vq_nearest",
+    "vq_quantize",
+]
 
 backends.check_choice()
