@@ -27,18 +27,32 @@ struct SplineBin {
   Vec<T> x0, x1, y0, y1, raw0, raw1, index;
 };
 
+// A running sum with Kahan's compensation: the last of many knots is as exact as the first.
+template <class T>
+struct ExactSum {
+  Vec<T> value, lost;
+};
+
+template <class T>
+inline void add(ExactSum<T>& sum, Vec<T> term) {
+  const Vec<T> exact = term - sum.lost, next = sum.value + exact;
+  sum.lost = (next - sum.value) - exact;
+  sum.value = next;
+}
+
 // Turns the columns of raw parameters into the numerators of their softmax and returns the denominator.
 template <class T, class K>
 inline Vec<T> softmax_numerators(T* columns, K bins) {
   using V = Vec<T>;
-  V top = V::load(columns), total = V(T(0));
+  ExactSum<T> total{V(T(0)), V(T(0))};
+  V top = V::load(columns);
   for (std::int64_t k = 1; k < bins; ++k) top = max(top, V::load(columns + k * V::width));
   for (std::int64_t k = 0; k < bins; ++k) {
     const V e = exp(V::load(columns + k * V::width) - top);
     e.store(columns + k * V::width);
-    total = total + e;
+    add(total, e);
   }
-  return total;
+  return total.value;
 }
 
 // A spline at `width` elements: its parameters as columns, the factors that turn softmax numerators into bin
@@ -54,25 +68,34 @@ struct SplineColumns {
 template <bool kInverse, class T, class K>
 inline SplineBin<T> find_bin(const SplineConstants<T>& c, const SplineColumns<T, K>& p, Vec<T> v) {
   using V = Vec<T>;
-  constexpr int w = V::width;
   const V start = V(-c.bound), end = V(c.bound), zero = V(T(0));
-  const auto next = [&](std::int64_t k, V from, const T* columns, V scale, T low) {
-    return k == p.bins - 1 ? end : from + fma(V::load(columns + k * w), scale, V(low));
+  ExactSum<T> x{start, zero}, y{start, zero};
+  const auto walk = [&](std::int64_t k) {
+    if (k == p.bins - 1) {
+      x.value = y.value = end;
+    } else {
+      add(x, fma(V::load(p.widths + k * V::width), p.width_scale, V(c.width_low)));
+      add(y, fma(V::load(p.heights + k * V::width), p.height_scale, V(c.height_low)));
+    }
+    return k == p.bins - 1 ? zero : V::load(p.derivatives + k * V::width);
   };
-  V x = next(0, start, p.widths, p.width_scale, c.width_low);
-  V y = next(0, start, p.heights, p.height_scale, c.height_low);
-  SplineBin<T> bin{start, x, start, y, zero, p.bins > 1 ? V::load(p.derivatives) : zero, zero};
+  SplineBin<T> bin;
+  bin.x0 = bin.y0 = start;
+  bin.index = bin.raw0 = zero;
+  bin.raw1 = walk(0);
+  bin.x1 = x.value;
+  bin.y1 = y.value;
+  V raw = bin.raw1;
   for (std::int64_t k = 1; k < p.bins; ++k) {
-    const Mask<T> past = (kInverse ? y : x) <= v;
-    bin.x0 = select(past, x, bin.x0);
-    bin.y0 = select(past, y, bin.y0);
-    bin.raw0 = select(past, V::load(p.derivatives + (k - 1) * w), bin.raw0);
-    x = next(k, x, p.widths, p.width_scale, c.width_low);
-    y = next(k, y, p.heights, p.height_scale, c.height_low);
-    bin.x1 = select(past, x, bin.x1);
-    bin.y1 = select(past, y, bin.y1);
-    bin.raw1 = select(past, k == p.bins - 1 ? zero : V::load(p.derivatives + k * w), bin.raw1);
+    const Mask<T> past = (kInverse ? y.value : x.value) <= v;
     bin.index = select(past, V(T(k)), bin.index);
+    bin.x0 = select(past, x.value, bin.x0);
+    bin.y0 = select(past, y.value, bin.y0);
+    bin.raw0 = select(past, raw, bin.raw0);
+    raw = walk(k);
+    bin.x1 = select(past, x.value, bin.x1);
+    bin.y1 = select(past, y.value, bin.y1);
+    bin.raw1 = select(past, raw, bin.raw1);
   }
   return bin;
 }
@@ -196,19 +219,21 @@ inline SplineBinGradients<T> differentiate(const SplineConstants<T>& c, const Sp
   const V log_both = two * at.product * inverse_E;
   SplineBinGradients<T> g;
   if constexpr (kInverse) {
+    g.x0 = gy;
     gl = -gl;
     g.v = fma(gl * log_theta, inverse_width, gy) * (inverse_s * inverse_s * inverse_q / inverse_E2);
     gy = -g.v;
   }
   const V gr = gy * at.height * inverse_E2, gr_product = gr * at.product;
-  const V g_theta = fma(gl, log_theta, gr * at.s * at.q);
   const V g_s = fma(gl, log_s, gr_product * (at.d1 * theta2 - at.d0 * phi2));
   const V g_d0 = fma(gl, phi2 * inverse_q - log_both, gr_product * at.phi * fma(at.s, at.phi, at.d1 * at.theta));
   const V g_d1 =
       fma(gl, theta2 * inverse_q - log_both, -(gr_product * at.theta * fma(at.s, at.theta, at.d0 * at.phi)));
-  if constexpr (!kInverse) g.v = g_theta * inverse_width;
-  g.x0 = -(g_theta * inverse_width);
-  g.width = -(fma(g_theta, at.theta, g_s * at.s) * inverse_width);
+  if constexpr (!kInverse) {
+    g.v = fma(gl, log_theta, gr * at.s * at.q) * inverse_width;
+    g.x0 = -g.v;
+  }
+  g.width = fma(g.x0, at.theta, -(g_s * at.s * inverse_width));
   g.y0 = gy;
   g.height = fma(gy, at.ratio, g_s * inverse_width);
   g.raw0 = g_d0 * sigmoid(bin.raw0 + V(c.derivative_shift));
