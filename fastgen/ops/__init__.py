@@ -4,6 +4,7 @@ from fastgen import backends
 from fastgen.ops.affine_coupling import affine_coupling
 from fastgen.ops.normal import normal
 from fastgen.ops.reparam_kl import reparam_kl
+from fastgen.ops.rq_spline import rq_spline
 from fastgen.ops.vq_codebook_stats import vq_codebook_stats
 from fastgen.ops.vq_nearest import vq_nearest
 from fastgen.ops.vq_quantize import VQResult, vq_quantize
@@ -13,6 +14,7 @@ __all__ = [
     "affine_coupling",
     "normal",
     "reparam_kl",
+    "rq_spline",
     "vq_codebook_stats",
     "vq_nearest",
     "vq_quantize",
