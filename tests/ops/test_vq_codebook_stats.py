@@ -1,4 +1,4 @@
-"""What is special to vq_codebook_stats: range errors, accuracy of long sums, codebooks with heads."""
+"""What is special to vq_codebook_stats: range errors, accuracy of long sums, heads."""
 
 import pytest
 import torch

@@ -51,7 +51,7 @@ def second_order(backend, heads, wanted):
     total = (result.quantized.sin() * cotangent).sum() + weight * result.loss.square()
     first = torch.autograd.grad(total, (x, codebook), create_graph=True)
     penalty = sum(first[i].square().sum() for i in wanted)
-    return torch.autograd.grad(penalty, (x, codebook, cotangent, weight), allow_unused=True)
+    return torch.autograd.grad(penalty, (x, codebook, cotangent, weight), materialize_grads=True)
 
 
 @pytest.mark.parametrize("heads", ((), (2,)))
@@ -60,8 +60,7 @@ def test_second_order_is_that_of_plain_pytorch(heads, wanted):
     """With stop-gradients, finite differences cannot tell: the mixed derivatives are zero."""
     ours, plain = second_order("cpu", heads, wanted), second_order("reference", heads, wanted)
     for a, b in zip(ours, plain, strict=True):
-        zero = torch.zeros(())
-        torch.testing.assert_close(*torch.broadcast_tensors(zero if a is None else a, b))
+        torch.testing.assert_close(a, b)
 
 
 def test_gradient_of_one_output_alone():
