@@ -31,7 +31,8 @@ struct SearchBlock {
   std::int64_t count;
   std::int64_t* indices;
   T* distance;         // may be null
-  T *tiles, *tile;     // kBlockRows x D, kTileRows x D
+  T *centred, *tile;   // kBlockRows x D, kMaxTileRows x D
+  double* wide;        // D x panel width
   T* lanes;            // kBlockRows x 3 vectors
   T* norms;            // kBlockRows
   std::int64_t* open;  // kBlockRows
@@ -297,15 +298,17 @@ class Packing {
 
 template <class T>
 struct SearchMemory {
-  std::vector<T> rows, tiles, tile, lanes, norms;
+  std::vector<T> rows, centred, tile, lanes, norms;
+  std::vector<double> wide;
   std::vector<std::int64_t> open;
 
   SearchMemory(std::int64_t size, std::int64_t width)
       : rows(kBlockRows * size),
-        tiles(kBlockRows * size),
+        centred(kBlockRows * size),
         tile(kMaxTileRows * size),
         lanes(kBlockRows * 3 * width),
         norms(kBlockRows),
+        wide(size * width),
         open(kBlockRows) {}
 };
 
@@ -327,8 +330,9 @@ void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes
                                  count,
                                  indices + row,
                                  distance == nullptr ? nullptr : distance + row,
-                                 memory.tiles.data(),
+                                 memory.centred.data(),
                                  memory.tile.data(),
+                                 memory.wide.data(),
                                  memory.lanes.data(),
                                  memory.norms.data(),
                                  memory.open.data()};

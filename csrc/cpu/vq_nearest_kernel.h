@@ -40,20 +40,35 @@ void read_rows(const ReadRows<S>& a) {
   }
 }
 
-// The float64 key that defines the answer; summed in order, like the reference.
+// The float64 key that defines the answer, from the sum of the terms below in order, as in the reference.
+template <class T>
+inline double key_of_sum(const PackedCodes<T>& c, double sum, std::int64_t k) {
+  if (!c.cosine) return sum;
+  return c.square[k] == 0 ? 0 : -sum * std::fabs(sum) / c.square[k];
+}
+
+// V is double or a vector of it. No fma: the reference has none.
+template <bool kCosine, class V>
+inline V add_term(V sum, V x, V e) {
+  if constexpr (kCosine) return sum + x * e;
+  const V difference = x - e;
+  return sum + difference * difference;
+}
+
+template <bool kCosine, class T>
+double sum_of_terms(const T* row, const T* code, std::int64_t size) {
+  double sum = 0;
+  for (std::int64_t j = 0; j < size; ++j) {
+    sum = add_term<kCosine>(sum, static_cast<double>(row[j]), static_cast<double>(code[j]));
+  }
+  return sum;
+}
+
 template <class T>
 double exact_key(const PackedCodes<T>& c, const T* row, std::int64_t k) {
   const T* code = c.codes + k * c.size;
-  double sum = 0;
-  if (!c.cosine) {
-    for (std::int64_t j = 0; j < c.size; ++j) {
-      const double difference = static_cast<double>(row[j]) - static_cast<double>(code[j]);
-      sum += difference * difference;
-    }
-    return sum;
-  }
-  for (std::int64_t j = 0; j < c.size; ++j) sum += static_cast<double>(row[j]) * static_cast<double>(code[j]);
-  return c.square[k] == 0 ? 0 : -sum * std::fabs(sum) / c.square[k];
+  const double sum = c.cosine ? sum_of_terms<true>(row, code, c.size) : sum_of_terms<false>(row, code, c.size);
+  return key_of_sum(c, sum, k);
 }
 
 template <class T>
@@ -79,13 +94,6 @@ struct Nearest {
     }
   }
 };
-
-template <class T>
-std::int64_t nearest_by_key(const PackedCodes<T>& c, const T* row) {
-  Nearest nearest;
-  for (std::int64_t k = 0; k < c.count; ++k) nearest.offer(exact_key(c, row, k), k);
-  return nearest.index;
-}
 
 // Centres `count` rows and gives an upper bound of their lengths. Missing rows of the last tile are zero.
 template <class T, int R>
@@ -238,8 +246,7 @@ Verdict<T> settle(const CertainGap<T>& gap, const T* lanes, T norm) {
     const T next = least(select(best == V(first), second, best));
     const double distance = static_cast<double>(next) - score;
     if (distance > gap(x) || distance > gap.refined(x, score)) {
-      int lane = 0;
-      while (!(bits >> lane & 1u)) ++lane;
+      const int lane = __builtin_ctz(bits);
       return {static_cast<std::int64_t>(lanes[2 * w + lane]) * w + lane, T(0)};
     }
   }
@@ -247,30 +254,77 @@ Verdict<T> settle(const CertainGap<T>& gap, const T* lanes, T norm) {
   return {-1, static_cast<T>(score + 2 * std::min(gap(x), gap.refined(x, score)))};
 }
 
-// Compares, for R rows of `list`, the keys of all codes that score up to the row's limit.
+// The codes of panel p as given, in float64, interleaved like the panel.
+template <class T>
+void widen_panel(const PackedCodes<T>& c, std::int64_t p, double* wide) {
+  const std::int64_t width = panel_width<T>();
+  for (std::int64_t lane = 0; lane < width; ++lane) {
+    const std::int64_t k = p * width + lane;
+    for (std::int64_t j = 0; j < c.size; ++j) {
+      wide[j * width + lane] = k < c.count ? static_cast<double>(c.codes[k * c.size + j]) : 0;
+    }
+  }
+}
+
+// The sums of terms of a row with all codes of a widened panel.
+template <bool kCosine, class T>
+void sums_of_panel(const T* row, const double* wide, std::int64_t size, double* sums) {
+  using D = Vec<double>;
+  constexpr int width = 2 * Vec<T>::width, n = width / D::width;
+  D total[n];
+  for (int v = 0; v < n; ++v) total[v] = D(0.0);
+  for (std::int64_t j = 0; j < size; ++j) {
+    const D x(static_cast<double>(row[j]));
+    for (int v = 0; v < n; ++v) total[v] = add_term<kCosine>(total[v], x, load(wide + j * width + v * D::width));
+  }
+  for (int v = 0; v < n; ++v) store(sums + v * D::width, total[v]);
+}
+
+// Offers the codes of panel p whose bits are set. wide: the widened panel, or null where they are few.
+template <class T>
+void offer_codes(const PackedCodes<T>& c, const T* row, std::int64_t p, unsigned bits, const double* wide,
+                 Nearest& nearest) {
+  constexpr int width = 2 * Vec<T>::width;
+  double sums[width];
+  if (wide != nullptr) {
+    c.cosine ? sums_of_panel<true>(row, wide, c.size, sums) : sums_of_panel<false>(row, wide, c.size, sums);
+  }
+  for (int lane = 0; lane < width; ++lane) {
+    const std::int64_t k = p * width + lane;
+    if (!(bits >> lane & 1u) || k >= c.count) continue;
+    nearest.offer(wide != nullptr ? key_of_sum(c, sums[lane], k) : exact_key(c, row, k), k);
+  }
+}
+
+// Compares, for n <= R rows of `list`, the keys of all codes that score up to the row's limit, which b.norms
+// holds.
 template <class T, int R>
 void compare_candidates(const PackedCodes<T>& c, const SearchBlock<T>& b, const std::int64_t* list,
                         std::int64_t n) {
   using V = Vec<T>;
-  constexpr int w = V::width;
+  constexpr int w = V::width, width = 2 * w;
   Nearest nearest[R];
-  T limit[R];
-  for (int i = 0; i < R; ++i) {
-    const std::int64_t row = list[std::min<std::int64_t>(i, n - 1)];
-    std::copy_n(b.tiles + row * c.size, c.size, b.tile + i * c.size);
-    limit[i] = i < n ? b.norms[row] : -std::numeric_limits<T>::infinity();
+  for (std::int64_t i = 0; i < R; ++i) {
+    std::copy_n(b.centred + list[std::min(i, n - 1)] * c.size, c.size, b.tile + i * c.size);
   }
-  const auto compare = [&](int i, Vec<T> score, std::int64_t k) {
-    for (unsigned bits = (score <= V(limit[i])).bits(); bits != 0; bits >>= 1, ++k) {
-      if (bits & 1u) nearest[i].offer(exact_key(c, b.rows + list[i] * c.size, k), k);
-    }
-  };
   for (std::int64_t p = 0; p < c.panel_count; ++p) {
     V low[R], high[R];
-    score_panel<T, R>(b.tile, c.panels + p * 2 * w * c.size, c.start + p * 2 * w, c.size, low, high);
-    for (int i = 0; i < R; ++i) {
-      compare(i, low[i], p * 2 * w);
-      compare(i, high[i], p * 2 * w + w);
+    score_panel<T, R>(b.tile, c.panels + p * width * c.size, c.start + p * width, c.size, low, high);
+    unsigned bits[R];
+    int total = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      const T limit = b.norms[list[i]];
+      bits[i] = (low[i] <= V(limit)).bits() | (high[i] <= V(limit)).bits() << w;
+      if (!std::isfinite(limit)) bits[i] = ~0u;
+      total += __builtin_popcount(bits[i]);
+    }
+    // Interleaving a panel costs about as much as one row's keys for it.
+    const bool many = total > width;
+    if (many) widen_panel(c, p, b.wide);
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (bits[i] != 0) {
+        offer_codes(c, b.rows + list[i] * c.size, p, bits[i], many ? b.wide : nullptr, nearest[i]);
+      }
     }
   }
   for (std::int64_t i = 0; i < n; ++i) b.indices[list[i]] = nearest[i].index;
@@ -287,12 +341,12 @@ void search_tiles(const PackedCodes<T>& c, const SearchBlock<T>& b) {
   constexpr int w = V::width;
   const std::int64_t tiles = (b.count + R - 1) / R, chunk_bytes = 2 * w * c.size * sizeof(T);
   const std::int64_t chunk = std::max<std::int64_t>(1, kChunkBytes / std::max<std::int64_t>(1, chunk_bytes));
-  centre_rows<T, R>(c, b.rows, b.count, b.tiles, b.norms);
+  centre_rows<T, R>(c, b.rows, b.count, b.centred, b.norms);
   std::fill_n(b.lanes, tiles * R * 3 * w, std::numeric_limits<T>::infinity());
   for (std::int64_t p = 0; p < c.panel_count; p += chunk) {
     const std::int64_t last = std::min(p + chunk, c.panel_count);
     for (std::int64_t t = 0; t < tiles; ++t) {
-      scan_panels<T, R>(c, b.tiles + t * R * c.size, p, last, b.lanes + t * R * 3 * w);
+      scan_panels<T, R>(c, b.centred + t * R * c.size, p, last, b.lanes + t * R * 3 * w);
     }
   }
 
@@ -303,8 +357,8 @@ void search_tiles(const PackedCodes<T>& c, const SearchBlock<T>& b) {
     const Verdict<T> verdict = settle(gap, b.lanes + i * 3 * w, b.norms[i]);
     b.indices[i] = verdict.index;
     if (verdict.index >= 0) continue;
-    if (!std::isfinite(verdict.limit)) {
-      b.indices[i] = all_finite(row, c.size) ? nearest_by_key(c, row) : 0;
+    if (!all_finite(row, c.size)) {
+      b.indices[i] = 0;
     } else if (open > 0 && std::equal(row, row + c.size, b.rows + b.open[open - 1] * c.size)) {
       // Runs of equal rows (padding) are compared once.
       b.indices[i] = -1 - b.open[open - 1];
