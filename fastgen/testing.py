@@ -330,6 +330,59 @@ def _reparam_kl(noise: bool) -> OpCase:
     )
 
 
+def _codebook_shape(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(N, K, D) or (H, N, K, D) -> the shapes of x and codebook."""
+    *heads, rows, codes, size = shape
+    return (*heads, rows, size), (*heads, codes, size)
+
+
+_VQ_SHAPES = ((37, 9, 5), (65, 1, 3), (1, 1, 1), (7, 33, 16), (2, 70, 19), (0, 4, 3), (3, 4, 0))
+_VQ_HEADS = ((3, 17, 9, 5), (1, 5, 1, 1), (0, 3, 2, 4), (2, 0, 3, 4), (2, 5, 3, 0))
+
+
+def _vq_nearest(name: str, shapes: tuple[tuple[int, ...], ...], **options: Any) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        x, codebook = _codebook_shape(shape)
+        return Sample((maker.randn(*x), maker.randn(*codebook)), options)
+
+    return OpCase(
+        op="vq_nearest",
+        name=name,
+        make=make,
+        shapes=shapes,
+        grad_shape=shapes[0],
+        big_shape=(*shapes[0][:-3], 1003, 67, 33),
+        dims=((1, 3),) * (len(shapes[0]) - 3) + ((0, 40), (1, 70), (0, 40)),
+        vmap=(0, 1),
+    )
+
+
+def _vq_quantize(name: str, shapes: tuple[tuple[int, ...], ...], wanted: int) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        x, codebook = _codebook_shape(shape)
+        options = {"commitment_weight": 0.5, "codebook_weight": 2.0}
+        return Sample((maker.randn(*x), maker.randn(*codebook)), options)
+
+    return OpCase(
+        op="vq_quantize",
+        name=name,
+        make=make,
+        shapes=shapes,
+        grad_shape=(*shapes[0][:-3], 5, 3, 2),
+        big_shape=(*shapes[0][:-3], 1003, 67, 33),
+        dims=((1, 3),) * (len(shapes[0]) - 3) + ((0, 40), (1, 70), (0, 40)),
+        # One argument a row: stop-gradients make the second derivatives that mix both zero.
+        grad=(wanted,),
+        numeric_gradient=False,
+        vmap=(wanted,),
+    )
+
+
+def _vq_codebook_stats(maker: Maker, shape: tuple[int, ...]) -> Sample:
+    *rows, codes, size = shape
+    return Sample((maker.randn(*rows, size), maker.randint(codes, *rows), codes))
+
+
 #: Every row. Keep the rows of an op together, in the order of fastgen/ops/__init__.py.
 CASES: tuple[OpCase, ...] = (
     *(
@@ -339,4 +392,23 @@ CASES: tuple[OpCase, ...] = (
     ),
     *(_normal(dims) for dims in (0, 1, 3)),
     *(_reparam_kl(noise) for noise in (False, True)),
+    OpCase(
+        op="vq_codebook_stats",
+        name="",
+        make=_vq_codebook_stats,
+        shapes=((37, 9, 5), (3, 5, 7, 300), (1, 1, 1), (4, 70, 2), (0, 4, 3), (3, 4, 0)),
+        grad_shape=(5, 3, 2),
+        big_shape=(2003, 67, 33),
+        dims=((0, 40), (1, 9), (0, 40)),
+        grad=(0,),
+        vmap=(0, 1),
+    ),
+    _vq_nearest("", _VQ_SHAPES),
+    _vq_nearest("distance", _VQ_SHAPES, return_distance=True),
+    _vq_nearest("cosine", _VQ_SHAPES, metric="cosine"),
+    _vq_nearest("heads", _VQ_HEADS, return_distance=True),
+    _vq_quantize("x", _VQ_SHAPES, 0),
+    _vq_quantize("codebook", _VQ_SHAPES, 1),
+    _vq_quantize("heads-x", _VQ_HEADS, 0),
+    _vq_quantize("heads-codebook", _VQ_HEADS, 1),
 )

@@ -549,6 +549,29 @@ inline T sum(Vec<T> a) {
   return reduce(a, [](T x, T y) { return x + y; });
 }
 
+// The smallest lane. Which of 0 and -0 counts as smaller is left open.
+template <class T>
+inline T least(Vec<T> a) {
+  return reduce(a, [](T x, T y) { return x < y ? x : y; });
+}
+#if defined(FASTGEN_SIMD_AVX512)
+template <>
+inline float least(Vec<float> a) {
+  return _mm512_reduce_min_ps(a.v);
+}
+template <>
+inline double least(Vec<double> a) {
+  return _mm512_reduce_min_pd(a.v);
+}
+#elif defined(FASTGEN_SIMD_AVX2)
+template <>
+inline float least(Vec<float> a) {
+  __m128 m = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_min_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_min_ss(m, _mm_movehdup_ps(m)));
+}
+#endif
+
 // A running sum whose rounding error grows with n / 16 instead of n: short runs are added up first.
 template <class T>
 struct CascadeSum {
