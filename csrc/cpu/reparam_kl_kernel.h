@@ -78,8 +78,8 @@ void reparam_forward(const ReparamForward<S>& a, std::int64_t begin, std::int64_
 }
 
 template <bool kNoiseGrad, class S, class E>
-void reparam_grad_run(const S* grad_z, Vec<acc_t<S>> grad_kl, const S* mu, const S* logvar, const E* eps, S* grad_mu,
-                      S* grad_logvar, S* grad_noise, std::int64_t n) {
+void reparam_grad_run(const S* grad_z, Vec<acc_t<S>> grad_kl, const S* mu, const S* logvar, const E* eps,
+                      S* grad_mu, S* grad_logvar, S* grad_noise, std::int64_t n) {
   using T = acc_t<S>;
   using V = Vec<T>;
   V gm, gl, gn;

@@ -9,7 +9,7 @@ struct ExpTerms {
   Vec<float> n, r, p;
 };
 
-inline ExpTerms exp_terms(Vec<float> x) {
+FASTGEN_INLINE ExpTerms exp_terms(Vec<float> x) {
   using V = Vec<float>;
   // In this order of arguments min and max keep NaN.
   const V clamped = min(V(89.0f), max(V(-104.0f), x));
@@ -25,13 +25,13 @@ inline ExpTerms exp_terms(Vec<float> x) {
   return {n, r, p};
 }
 
-inline Vec<float> exp(const ExpTerms& t) {
+FASTGEN_INLINE Vec<float> exp(const ExpTerms& t) {
   return scale2(fma(t.p, t.r * t.r, t.r) + Vec<float>(1.0f), t.n);
 }
 inline Vec<float> exp(Vec<float> x) { return exp(exp_terms(x)); }
 
 // exp(x), and in *excess exp(x) - 1 - x without cancellation near zero.
-inline Vec<float> exp(Vec<float> x, Vec<float>* excess) {
+FASTGEN_INLINE Vec<float> exp(Vec<float> x, Vec<float>* excess) {
   using V = Vec<float>;
   const ExpTerms t = exp_terms(x);
   const V e = exp(t);
