@@ -11,7 +11,7 @@ __all__ = ["GaussianReparam"]
 
 
 class GaussianReparam(nn.Module):
-    """Samples z ~ N(mu, exp(logvar)) by reparameterisation and gives KL(N(mu, exp(logvar)) || N(0, I)).
+    """Samples z ~ N(mu, exp(logvar)) by reparameterisation, and gives its KL to N(0, I).
 
     The two arguments of forward are the halves of an encoder's output; or the whole output is given
     and cut in two along `dim`, mean first, without a copy.

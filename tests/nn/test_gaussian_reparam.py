@@ -4,7 +4,9 @@ import torch
 from fastgen import nn, ops, random
 
 
-@pytest.mark.parametrize("shape,dim", (((4, 6), 1), ((4, 6), -1), ((2, 6, 5, 3), 1), ((2, 5, 6), 2)))
+@pytest.mark.parametrize(
+    "shape,dim", (((4, 6), 1), ((4, 6), -1), ((2, 6, 5, 3), 1), ((2, 5, 6), 2))
+)
 def test_cut_input_equals_halves(shape, dim):
     both = torch.randn(shape)
     key = random.make_key(3)

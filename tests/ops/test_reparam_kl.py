@@ -116,7 +116,9 @@ def test_extremes_equal_plain_pytorch(name, isa):
     results = {}
     for backend in BACKENDS:
         z, kl = ops.reparam_kl(mu, logvar, noise, backend=backend)
-        grads = torch.autograd.grad((z, kl), (mu, logvar), (torch.ones_like(z), torch.ones_like(kl)))
+        grads = torch.autograd.grad(
+            (z, kl), (mu, logvar), (torch.ones_like(z), torch.ones_like(kl))
+        )
         results[backend] = (z, kl, *grads)
     for ours, plain in zip(*results.values(), strict=True):
         torch.testing.assert_close(ours, plain, equal_nan=True, rtol=1e-6, atol=1e-6)
@@ -160,13 +162,13 @@ def test_vmap_randomness_governs_drawn_keys():
 def test_compiled_without_a_key_draws_in_the_graph():
     torch._dynamo.reset()
     compiled = torch.compile(ops.reparam_kl, fullgraph=True, backend="aot_eager")
-    mu = torch.zeros(4, 5, requires_grad=True)
+    mu, logvar = (torch.randn(4, 5, requires_grad=True) for _ in "ml")
     torch.manual_seed(1)
-    first, second = compiled(mu, mu)[0], compiled(mu, mu)[0]
+    first, second = compiled(mu, logvar)[0], compiled(mu, logvar)[0]
     torch.manual_seed(1)
-    assert torch.equal(compiled(mu, mu)[0], first) and not torch.equal(first, second)
+    assert torch.equal(compiled(mu, logvar)[0], first) and not torch.equal(first, second)
     key = random.make_key(2)
-    assert torch.equal(compiled(mu, mu, key=key)[0], ops.reparam_kl(mu, mu, key=key)[0])
+    assert torch.equal(compiled(mu, logvar, key=key)[0], ops.reparam_kl(mu, logvar, key=key)[0])
 
 
 # --- bad input ---------------------------------------------------------------------------------
