@@ -20,7 +20,8 @@ constexpr float kLogPoly[8] = {-0.6666643023490906f, 0.4999961256980896f,   -0.4
                                -0.2796921730041504f, 0.2576046586036682f};
 // 2 ln 2 in two parts; multiples of the first by up to 64 are exact.
 constexpr float kTwoLn2High = 1.38671875f, kTwoLn2Low = -4.243889e-4f;
-// sin(s pi/2) = s (pi/2 + s^2 S(s^2)) and cos(s pi/2) = 1 + s^2 C(s^2) for |s| <= 1/2. Relative errors 4e-9, 5e-10.
+// sin(s pi/2) = s (pi/2 + s^2 S(s^2)) and cos(s pi/2) = 1 + s^2 C(s^2) for |s| <= 1/2. Relative errors 4e-9,
+// 5e-10.
 constexpr float kHalfPiHigh = 1.5707963705062866f, kHalfPiLow = -4.371139e-8f;
 constexpr float kSinPoly[3] = {-0.6459636092185974f, 0.07968108355998993f, -0.004603731911629438f};
 constexpr float kCosPoly[4] = {-1.2337005138397217f, 0.25366854667663574f, -0.020855596289038658f,

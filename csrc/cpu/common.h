@@ -26,6 +26,9 @@
 
 #include "isa.h"
 
+// For functions in the innermost loops, which gcc would otherwise call where a loop has a tail.
+#define FASTGEN_INLINE inline __attribute__((always_inline))
+
 namespace fastgen {
 
 using torch::headeronly::BFloat16;

@@ -1,5 +1,5 @@
-// Philox words and normal values on vectors, for one instruction set. Included by kernel headers, so it is read once
-// per instruction set; csrc/common/{philox,box_muller}.h must be included before.
+// Philox words and normal values on vectors, for one instruction set. Included by kernel headers, so it is read
+// once per instruction set, and has no include guard; philox.h comes before.
 //
 // Arithmetic is that of csrc/common, lane by lane, with fused multiply-adds where the instruction set has them.
 
@@ -17,37 +17,40 @@ alignas(64) constexpr std::uint64_t kEvenCounters[8] = {0, 8, 1, 9, 2, 10, 3, 11
 alignas(64) constexpr std::uint64_t kEvenCounters[4] = {0, 4, 1, 5};
 #endif
 
-inline void philox_rounds(PhiloxKey key, WideWords (&c)[4]) {
+// Two sets of counters in step: one alone would wait for its own multiplications.
+FASTGEN_INLINE void philox_rounds(PhiloxKey key, WideWords (&c)[2][4]) {
   // Only the low halves count: mul_low ignores the high ones, which hold leftovers.
   std::uint32_t key0 = static_cast<std::uint32_t>(key.seed);
   std::uint32_t key1 = static_cast<std::uint32_t>(key.seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const WideWords p0 = mul_low(c[0], WideWords(std::uint64_t{kPhiloxMultiplier0}));
-    const WideWords p1 = mul_low(c[2], WideWords(std::uint64_t{kPhiloxMultiplier1}));
-    c[0] = xor3(p1.high(), c[1], WideWords(std::uint64_t{key0}));
-    c[1] = p1;
-    c[2] = xor3(p0.high(), c[3], WideWords(std::uint64_t{key1}));
-    c[3] = p0;
+    const WideWords k0 = WideWords(std::uint64_t{key0}), k1 = WideWords(std::uint64_t{key1});
+    WideWords p0[2], p1[2];
+    for (int n = 0; n < 2; ++n) p0[n] = mul_low(c[n][0], WideWords(std::uint64_t{kPhiloxMultiplier0}));
+    for (int n = 0; n < 2; ++n) p1[n] = mul_low(c[n][2], WideWords(std::uint64_t{kPhiloxMultiplier1}));
+    for (int n = 0; n < 2; ++n) {
+      c[n][0] = xor3(p1[n].high(), c[n][1], k0);
+      c[n][1] = p1[n];
+      c[n][2] = xor3(p0[n].high(), c[n][3], k1);
+      c[n][3] = p0[n];
+    }
     key0 += kPhiloxWeyl0;
     key1 += kPhiloxWeyl1;
   }
 }
 
 // Word j of the counters block, block + 1, ... in w[j], in the lane order above.
-inline void philox_vectors(PhiloxKey key, std::uint64_t block, Words (&w)[4]) {
+FASTGEN_INLINE void philox_vectors(PhiloxKey key, std::uint64_t block, Words (&w)[4]) {
   const WideWords zero = WideWords(std::uint64_t{0});
-  const WideWords first = WideWords::load(kEvenCounters) + WideWords(key.offset + block);
-  const WideWords second = first + WideWords(std::uint64_t{Words::width / 4});
-  WideWords even[4] = {first, first.high(), zero, zero};
-  WideWords odd[4] = {second, second.high(), zero, zero};
-  philox_rounds(key, even);
-  philox_rounds(key, odd);
-  for (int j = 0; j < 4; ++j) w[j] = interleave_low(even[j], odd[j]);
+  const WideWords even = WideWords::load(kEvenCounters) + WideWords(key.offset + block);
+  const WideWords odd = even + WideWords(std::uint64_t{Words::width / 4});
+  WideWords c[2][4] = {{even, even.high(), zero, zero}, {odd, odd.high(), zero, zero}};
+  philox_rounds(key, c);
+  for (int j = 0; j < 4; ++j) w[j] = interleave_low(c[0][j], c[1][j]);
 }
 
 // sqrt(-2 ln u).
-inline Vec<float> normal_radius(Words word) {
+FASTGEN_INLINE Vec<float> normal_radius(Words word) {
   using V = Vec<float>;
   const V high = int_to_float(word.shr<16>()) * V(0x1p-16f);
   const V low = fma(int_to_float(word & Words(0xffffu)), V(0x1p-32f), V(0x1p-33f));
@@ -61,7 +64,7 @@ inline Vec<float> normal_radius(Words word) {
   return sqrt(fma(e, V(-kTwoLn2High), t * V(-2.0f)) + tail);
 }
 
-inline void box_muller(Words radius, Words angle, Words* even, Words* odd) {
+FASTGEN_INLINE void box_muller(Words radius, Words angle, Words* even, Words* odd) {
   using V = Vec<float>;
   const Words sign_bit = Words(0x80000000u);
   const V r = normal_radius(radius);
@@ -78,7 +81,7 @@ inline void box_muller(Words radius, Words angle, Words* even, Words* odd) {
 }
 
 // Normal values of the elements 4 * block ... 4 * block + kPhiloxElements - 1.
-inline void normal_vectors(PhiloxKey key, std::uint64_t block, float* out) {
+FASTGEN_INLINE void normal_vectors(PhiloxKey key, std::uint64_t block, float* out) {
   Words w[4];
   philox_vectors(key, block, w);
   box_muller(w[0], w[1], &w[0], &w[1]);
@@ -96,8 +99,8 @@ inline void normal_vectors(PhiloxKey key, std::uint64_t block, double* out) {
   for (int i = 0; i < kPhiloxElements; i += 2) fastgen::box_muller(words[i], words[i + 1], out + i, out + i + 1);
 }
 
-// A view on the noise of one tensor, for a thread that walks through its elements in order. Values are made a window
-// at a time; windows end at multiples of kNoiseWindow, so where one ends depends on the element alone.
+// A view on the noise of one tensor, for a thread that walks through its elements in order. Values are made a
+// window at a time; windows end at multiples of kNoiseWindow, so where one ends depends on the element alone.
 constexpr std::int64_t kNoiseWindow = 1024;
 
 template <class T>

@@ -1,5 +1,5 @@
-// Gaussian reparameterisation and KL divergence on the CPU, forward and gradient in one pass each. Noise is given, or
-// made on the fly from a key.
+// Gaussian reparameterisation and KL divergence on the CPU, forward and gradient in one pass each. Noise is given,
+// or made on the fly from a key.
 
 #include "philox.h"
 
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor> reparam_kl_fwd(const Tensor& mu, const Tensor& logvar
   dispatch_dtype(mu.scalar_type(), "reparam_kl", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     std::vector<acc_t<S>> partial(mus.count * pieces(mus.size));
-    const ReparamForward<S> args{mus.row<S>(0),  logvars.row<S>(0), source.data<S>(), mus.stride, logvars.stride,
-                                 source.stride(), mus.size,         source.key,       data<S>(z), partial.data()};
+    const ReparamForward<S> args{mus.row<S>(0),   logvars.row<S>(0), source.data<S>(), mus.stride, logvars.stride,
+                                 source.stride(), mus.size,          source.key,       data<S>(z), partial.data()};
     parallel_pieces(mus.count, mus.size, [&](std::int64_t begin, std::int64_t end) {
       FASTGEN_DISPATCH_ISA(reparam_forward, args, begin, end);
     });
@@ -87,11 +87,13 @@ std::tuple<Tensor, Tensor, Tensor> reparam_kl_bwd(const Tensor& grad_z, const Te
   Tensor grad_noise = noise_grad ? empty_contiguous(mu) : new_empty(mu, {0}, mu.scalar_type());
   dispatch_dtype(mu.scalar_type(), "reparam_kl", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    const ReparamBackward<S> args{
-        gzs.row<S>(0),    data<acc_t<S>>(gkl), mus.row<S>(0),        logvars.row<S>(0),
-        source.data<S>(), gzs.stride,          mus.stride,           logvars.stride,
-        source.stride(),  mus.size,            source.key,           data<S>(grad_mu),
-        data<S>(grad_logvar), noise_grad ? data<S>(grad_noise) : nullptr};
+    const ReparamBackward<S> args{gzs.row<S>(0),        data<acc_t<S>>(gkl),
+                                  mus.row<S>(0),        logvars.row<S>(0),
+                                  source.data<S>(),     gzs.stride,
+                                  mus.stride,           logvars.stride,
+                                  source.stride(),      mus.size,
+                                  source.key,           data<S>(grad_mu),
+                                  data<S>(grad_logvar), noise_grad ? data<S>(grad_noise) : nullptr};
     parallel_pieces(mus.count, mus.size, [&](std::int64_t begin, std::int64_t end) {
       FASTGEN_DISPATCH_ISA(reparam_backward, args, begin, end);
     });

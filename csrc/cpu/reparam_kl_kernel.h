@@ -4,17 +4,16 @@
 
 namespace fastgen::FASTGEN_ISA_NS {
 
-// sigma = exp(logvar / 2), and exp(logvar) - 1 in two parts: with m = sigma - 1 and d = sigma - 1 - logvar / 2,
-// exp(logvar) - 1 = m (m + 2), exp(logvar) - 1 - logvar = m^2 + 2 d, free of cancellation where logvar is near 0.
+// sigma = exp(logvar / 2), exp(logvar) - 1 and exp(logvar) - 1 - logvar. With m = sigma - 1 the last two are m (m
+// + 2) and m^2 + 2 (m - logvar / 2): nothing cancels where logvar is near 0.
 template <class T>
-struct Sigma {
-  Vec<T> sigma, m, d;
-  explicit Sigma(Vec<T> logvar) {
-    const Vec<T> half = logvar * Vec<T>(T(0.5));
-    sigma = exp(half, &d);
-    m = d + half;
-  }
-};
+FASTGEN_INLINE void sigma_terms(Vec<T> logvar, Vec<T>* sigma, Vec<T>* variance_m1, Vec<T>* excess) {
+  using V = Vec<T>;
+  const ExpExcess<T> half = exp_excess(logvar * V(T(0.5)));
+  *sigma = half.exp;
+  *variance_m1 = half.expm1 * (half.expm1 + V(T(2)));
+  *excess = fma(half.expm1, half.expm1, half.excess + half.excess);
+}
 
 // n elements of one row; eps has the type it is stored in. Adds mu^2 + exp(logvar) - 1 - logvar to *total.
 template <class S, class E>
@@ -23,9 +22,10 @@ void reparam_run(const S* mu, const S* logvar, const E* eps, S* z, std::int64_t 
   using V = Vec<T>;
   V term;
   const auto step = [&](V m, V lv, V e) {
-    const Sigma<T> s(lv);
-    term = fma(m, m, fma(s.m, s.m, s.d + s.d));
-    return fma(s.sigma, e, m);
+    V sigma, variance_m1, excess;
+    sigma_terms(lv, &sigma, &variance_m1, &excess);
+    term = fma(m, m, excess);
+    return fma(sigma, e, m);
   };
   std::int64_t j = 0;
   for (; j + V::width <= n; j += V::width) {
@@ -78,16 +78,17 @@ void reparam_forward(const ReparamForward<S>& a, std::int64_t begin, std::int64_
 }
 
 template <bool kNoiseGrad, class S, class E>
-void reparam_grad_run(const S* grad_z, Vec<acc_t<S>> grad_kl, const S* mu, const S* logvar, const E* eps, S* grad_mu,
-                      S* grad_logvar, S* grad_noise, std::int64_t n) {
+void reparam_grad_run(const S* grad_z, Vec<acc_t<S>> grad_kl, const S* mu, const S* logvar, const E* eps,
+                      S* grad_mu, S* grad_logvar, S* grad_noise, std::int64_t n) {
   using T = acc_t<S>;
   using V = Vec<T>;
   V gm, gl, gn;
   const auto step = [&](V gz, V m, V lv, V e) {
-    const Sigma<T> s(lv);
-    gn = gz * s.sigma;
+    V sigma, variance_m1, excess;
+    sigma_terms(lv, &sigma, &variance_m1, &excess);
+    gn = gz * sigma;
     gm = fma(grad_kl, m, gz);
-    gl = V(T(0.5)) * fma(gn, e, grad_kl * (s.m * (s.m + V(T(2)))));
+    gl = V(T(0.5)) * fma(gn, e, grad_kl * variance_m1);
   };
   std::int64_t j = 0;
   for (; j + V::width <= n; j += V::width) {

@@ -238,9 +238,7 @@ struct WideWords {
   WideWords() = default;
   WideWords(__m256i r) : v(r) {}
   WideWords(std::uint64_t s) : v(_mm256_set1_epi64x(static_cast<long long>(s))) {}
-  static WideWords load(const std::uint64_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  }
+  static WideWords load(const std::uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   WideWords high() const { return _mm256_srli_epi64(v, 32); }
 };
 inline WideWords operator+(WideWords a, WideWords b) { return _mm256_add_epi64(a.v, b.v); }

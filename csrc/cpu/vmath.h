@@ -9,7 +9,7 @@ struct ExpTerms {
   Vec<float> n, r, p;
 };
 
-inline ExpTerms exp_terms(Vec<float> x) {
+FASTGEN_INLINE ExpTerms exp_terms(Vec<float> x) {
   using V = Vec<float>;
   // In this order of arguments min and max keep NaN.
   const V clamped = min(V(89.0f), max(V(-104.0f), x));
@@ -25,18 +25,24 @@ inline ExpTerms exp_terms(Vec<float> x) {
   return {n, r, p};
 }
 
-inline Vec<float> exp(const ExpTerms& t) {
+FASTGEN_INLINE Vec<float> exp(const ExpTerms& t) {
   return scale2(fma(t.p, t.r * t.r, t.r) + Vec<float>(1.0f), t.n);
 }
 inline Vec<float> exp(Vec<float> x) { return exp(exp_terms(x)); }
 
-// exp(x), and in *excess exp(x) - 1 - x without cancellation near zero.
-inline Vec<float> exp(Vec<float> x, Vec<float>* excess) {
+// exp(x), exp(x) - 1 and exp(x) - 1 - x, without cancellation near zero.
+template <class T>
+struct ExpExcess {
+  Vec<T> exp, expm1, excess;
+};
+
+FASTGEN_INLINE ExpExcess<float> exp_excess(Vec<float> x) {
   using V = Vec<float>;
   const ExpTerms t = exp_terms(x);
-  const V e = exp(t);
-  *excess = select(t.n == V(0.0f), t.p * (t.r * t.r), (e - V(1.0f)) - x);
-  return e;
+  const V square = t.r * t.r, near = fma(t.p, square, t.r);
+  const V e = scale2(near + V(1.0f), t.n), far = e - V(1.0f);
+  const Mask<float> unscaled = t.n == V(0.0f);
+  return {e, select(unscaled, near, far), select(unscaled, t.p * square, far - x)};
 }
 
 inline Vec<float> log(Vec<float> x) {
@@ -115,9 +121,9 @@ inline Vec<float> atan(Vec<float> x) {
 inline Vec<double> exp(Vec<double> x) {
   return map(x, [](double a) { return std::exp(a); });
 }
-inline Vec<double> exp(Vec<double> x, Vec<double>* excess) {
-  *excess = map(x, [](double a) { return std::expm1(a) - a; });
-  return exp(x);
+inline ExpExcess<double> exp_excess(Vec<double> x) {
+  const Vec<double> m = map(x, [](double a) { return std::expm1(a); });
+  return {exp(x), m, m - x};
 }
 inline Vec<double> log(Vec<double> x) {
   return map(x, [](double a) { return std::log(a); });

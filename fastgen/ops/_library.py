@@ -66,7 +66,7 @@ def register_vmap_loop(name: str) -> None:
         slices = [
             op(
                 *(
-                    arg if dim is None else arg.select(dim, i)
+                    arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
                     for arg, dim in zip(args, in_dims, strict=True)
                 )
             )
