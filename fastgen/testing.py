@@ -330,6 +330,28 @@ def _reparam_kl(noise: bool) -> OpCase:
     )
 
 
+def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        *dims, bins = shape
+        sizes = (bins, bins, bins - 1)
+        raw = (maker.randn(*dims, k, scale=0.3) for k in sizes)
+        return Sample((maker.randn(*dims, scale=2.0), *raw), {"inverse": inverse, "sum_log_det": sum_log_det})
+
+    direction = "inverse" if inverse else "forward"
+    return OpCase(
+        op="rq_spline",
+        name=f"{direction}-sum" if sum_log_det else direction,
+        make=make,
+        shapes=((9, 23, 8), (5, 2, 3, 7), (1, 1, 8), (5, 5), (6, 3, 2), (2, 1031, 4))
+        + ((0, 4, 8), (3, 0, 8)),
+        grad_shape=(2, 3, 4),
+        big_shape=(67, 129, 8),
+        dims=((0, 4), (0, 30), (2, 20)),
+        grad=(0, 1, 2, 3),
+        vmap=(0, 1, 2, 3),
+    )
+
+
 #: Every row. Keep the rows of an op together, in the order of fastgen/ops/__init__.py.
 CASES: tuple[OpCase, ...] = (
     *(
@@ -339,4 +361,5 @@ CASES: tuple[OpCase, ...] = (
     ),
     *(_normal(dims) for dims in (0, 1, 3)),
     *(_reparam_kl(noise) for noise in (False, True)),
+    *(_rq_spline(inverse, summed) for summed in (False, True) for inverse in (False, True)),
 )

@@ -185,7 +185,7 @@ class _RQSpline(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple:
         grads = _RQSplineBackward.apply(grad_y, grad_log_det, *ctx.saved_tensors, *ctx.options)
-        return *grads, *(None,) * len(ctx.options)
+        return *grads, None, None, None, None, None, None
 
 
 class _RQSplineBackward(Function):
@@ -220,7 +220,7 @@ class _RQSplineBackward(Function):
         gx, gw, gh, gd, ggy, ggld = reference_vjp(
             reference, primals, (grad_y, grad_log_det), grads
         )
-        return ggy, ggld, gx, gw, gh, gd, *(None,) * len(ctx.options)
+        return ggy, ggld, gx, gw, gh, gd, None, None, None, None, None, None
 
 
 def _cpu(
