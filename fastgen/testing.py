@@ -349,6 +349,9 @@ def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
         dims=((0, 4), (0, 30), (2, 20)),
         grad=(0, 1, 2, 3),
         vmap=(0, 1, 2, 3),
+        # Second derivatives amplify the rounding of a knot; tests/ops/test_rq_spline.py compares
+        # the errors of many elements.
+        ulps=16.0,
     )
 
 

@@ -173,9 +173,29 @@ class _RQSpline(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *options: Any
+        x: Tensor,
+        widths: Tensor,
+        heights: Tensor,
+        derivatives: Tensor,
+        batch_dims: int,
+        inverse: bool,
+        tail_bound: float,
+        min_bin_width: float,
+        min_bin_height: float,
+        min_derivative: float,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastgen.rq_spline_fwd(x, widths, heights, derivatives, *options)
+        return torch.ops.fastgen.rq_spline_fwd(
+            x,
+            widths,
+            heights,
+            derivatives,
+            batch_dims,
+            inverse,
+            tail_bound,
+            min_bin_width,
+            min_bin_height,
+            min_derivative,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -199,10 +219,26 @@ class _RQSplineBackward(Function):
         widths: Tensor,
         heights: Tensor,
         derivatives: Tensor,
-        *options: Any,
+        batch_dims: int,
+        inverse: bool,
+        tail_bound: float,
+        min_bin_width: float,
+        min_bin_height: float,
+        min_derivative: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.ops.fastgen.rq_spline_bwd(
-            grad_y, grad_log_det, x, widths, heights, derivatives, *options
+            grad_y,
+            grad_log_det,
+            x,
+            widths,
+            heights,
+            derivatives,
+            batch_dims,
+            inverse,
+            tail_bound,
+            min_bin_width,
+            min_bin_height,
+            min_derivative,
         )
 
     @staticmethod
