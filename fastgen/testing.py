@@ -335,7 +335,9 @@ def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
         *dims, bins = shape
         sizes = (bins, bins, bins - 1)
         raw = (maker.randn(*dims, k, scale=0.3) for k in sizes)
-        return Sample((maker.randn(*dims, scale=2.0), *raw), {"inverse": inverse, "sum_log_det": sum_log_det})
+        return Sample(
+            (maker.randn(*dims, scale=2.0), *raw), {"inverse": inverse, "sum_log_det": sum_log_det}
+        )
 
     direction = "inverse" if inverse else "forward"
     return OpCase(

@@ -1,6 +1,7 @@
 """Layers over the ops: they hold parameters and state, and leave the arithmetic to fastgen.ops."""
 
+from fastgen.nn.coupling import AffineCoupling, RQSplineCoupling
 from fastgen.nn.residual_vq import ResidualVQ
 from fastgen.nn.vector_quantizer import VectorQuantizer
 
-__all__ = ["ResidualVQ", "VectorQuantizer"]
+__all__ = ["AffineCoupling", "RQSplineCoupling", "ResidualVQ", "VectorQuantizer"]

@@ -253,9 +253,7 @@ class _RQSplineBackward(Function):
         def reference(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             return rq_spline_reference(*tensors, *ctx.options)
 
-        gx, gw, gh, gd, ggy, ggld = reference_vjp(
-            reference, primals, (grad_y, grad_log_det), grads
-        )
+        gx, gw, gh, gd, ggy, ggld = reference_vjp(reference, primals, (grad_y, grad_log_det), grads)
         return ggy, ggld, gx, gw, gh, gd, None, None, None, None, None, None
 
 
