@@ -383,6 +383,33 @@ def _vq_codebook_stats(maker: Maker, shape: tuple[int, ...]) -> Sample:
     return Sample((maker.randn(*rows, size), maker.randint(codes, *rows), codes))
 
 
+def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        *dims, bins = shape
+        sizes = (bins, bins, bins - 1)
+        raw = (maker.randn(*dims, k, scale=0.3) for k in sizes)
+        return Sample(
+            (maker.randn(*dims, scale=2.0), *raw), {"inverse": inverse, "sum_log_det": sum_log_det}
+        )
+
+    direction = "inverse" if inverse else "forward"
+    return OpCase(
+        op="rq_spline",
+        name=f"{direction}-sum" if sum_log_det else direction,
+        make=make,
+        shapes=((9, 23, 8), (5, 2, 3, 7), (1, 1, 8), (5, 5), (6, 3, 2), (2, 1031, 4))
+        + ((0, 4, 8), (3, 0, 8)),
+        grad_shape=(2, 3, 4),
+        big_shape=(67, 129, 8),
+        dims=((0, 4), (0, 30), (2, 20)),
+        grad=(0, 1, 2, 3),
+        vmap=(0, 1, 2, 3),
+        # Second derivatives amplify the rounding of a knot; tests/ops/test_rq_spline.py compares
+        # the errors of many elements.
+        ulps=16.0,
+    )
+
+
 #: Every row. Keep the rows of an op together, in the order of fastgen/ops/__init__.py.
 CASES: tuple[OpCase, ...] = (
     *(
@@ -411,4 +438,5 @@ CASES: tuple[OpCase, ...] = (
     _vq_quantize("codebook", _VQ_SHAPES, 1),
     _vq_quantize("heads-x", _VQ_HEADS, 0),
     _vq_quantize("heads-codebook", _VQ_HEADS, 1),
+    *(_rq_spline(inverse, summed) for summed in (False, True) for inverse in (False, True)),
 )

@@ -40,29 +40,44 @@ inline void add(ExactSum<T>& sum, Vec<T> term) {
   sum.value = next;
 }
 
-// Turns the columns of raw parameters into the numerators of their softmax and returns the denominator.
+// The sizes of the bins along one axis: low + scale * softmax. `numerators` are the softmax's, as columns, and
+// `factor` + `factor_rest` is scale / sum: in one number, its rounding would move every knot.
+template <class T>
+struct BinSizes {
+  T* numerators;
+  Vec<T> inverse_sum, factor, factor_rest;
+  T scale, low;
+};
+
+// `columns` holds the raw parameters and becomes the numerators.
 template <class T, class K>
-inline Vec<T> softmax_numerators(T* columns, K bins) {
+inline BinSizes<T> softmax_sizes(T* columns, K bins, T scale, T low) {
   using V = Vec<T>;
-  ExactSum<T> total{V(T(0)), V(T(0))};
+  ExactSum<T> sum{V(T(0)), V(T(0))};
   V top = V::load(columns);
   for (std::int64_t k = 1; k < bins; ++k) top = max(top, V::load(columns + k * V::width));
   for (std::int64_t k = 0; k < bins; ++k) {
     const V e = exp(V::load(columns + k * V::width) - top);
     e.store(columns + k * V::width);
-    add(total, e);
+    add(sum, e);
   }
-  return total.value;
+  const V inverse = V(T(1)) / sum.value, factor = V(scale) * inverse;
+  const V rest = fma(factor, sum.lost, fnma(factor, sum.value, V(scale))) * inverse;
+  return {columns, inverse, factor, rest, scale, low};
 }
 
-// A spline at `width` elements: its parameters as columns, the factors that turn softmax numerators into bin
-// sizes.
+template <class T>
+inline Vec<T> bin_size(const BinSizes<T>& sizes, std::int64_t k) {
+  const Vec<T> e = Vec<T>::load(sizes.numerators + k * Vec<T>::width);
+  return fma(e, sizes.factor, fma(e, sizes.factor_rest, Vec<T>(sizes.low)));
+}
+
+// A spline at one vector of elements.
 template <class T, class K>
 struct SplineColumns {
-  using V = Vec<T>;
   K bins;
-  T *widths, *heights, *derivatives;
-  V width_scale, height_scale;
+  BinSizes<T> widths, heights;
+  T* derivatives;
 };
 
 template <bool kInverse, class T, class K>
@@ -74,8 +89,8 @@ inline SplineBin<T> find_bin(const SplineConstants<T>& c, const SplineColumns<T,
     if (k == p.bins - 1) {
       x.value = y.value = end;
     } else {
-      add(x, fma(V::load(p.widths + k * V::width), p.width_scale, V(c.width_low)));
-      add(y, fma(V::load(p.heights + k * V::width), p.height_scale, V(c.height_low)));
+      add(x, bin_size(p.widths, k));
+      add(y, bin_size(p.heights, k));
     }
     return k == p.bins - 1 ? zero : V::load(p.derivatives + k * V::width);
   };
@@ -157,18 +172,14 @@ inline Vec<T> log_slope(const SplinePoint<T>& at) {
 template <class S, class K>
 inline SplineColumns<acc_t<S>, K> load_spline(const SplineInputs<S>& a, const SplineConstants<acc_t<S>>& c, K bins,
                                               std::int64_t i, int n, acc_t<S>* columns) {
-  using V = Vec<acc_t<S>>;
-  SplineColumns<acc_t<S>, K> p;
-  p.bins = bins;
-  p.widths = columns;
-  p.heights = columns + bins * V::width;
-  p.derivatives = columns + 2 * bins * V::width;
-  load_columns(a.widths + i * a.widths_stride, a.widths_stride, bins, n, p.widths);
-  load_columns(a.heights + i * a.heights_stride, a.heights_stride, bins, n, p.heights);
-  load_columns(a.derivatives + i * a.derivatives_stride, a.derivatives_stride, bins - 1, n, p.derivatives);
-  p.width_scale = V(c.width_scale) / softmax_numerators(p.widths, bins);
-  p.height_scale = V(c.height_scale) / softmax_numerators(p.heights, bins);
-  return p;
+  using T = acc_t<S>;
+  using V = Vec<T>;
+  T *widths = columns, *heights = widths + bins * V::width, *derivatives = heights + bins * V::width;
+  load_columns(a.widths + i * a.widths_stride, a.widths_stride, bins, n, widths);
+  load_columns(a.heights + i * a.heights_stride, a.heights_stride, bins, n, heights);
+  load_columns(a.derivatives + i * a.derivatives_stride, a.derivatives_stride, bins - 1, n, derivatives);
+  return {bins, softmax_sizes(widths, bins, c.width_scale, c.width_low),
+          softmax_sizes(heights, bins, c.height_scale, c.height_low), derivatives};
 }
 
 template <class T>
@@ -241,21 +252,23 @@ inline SplineBinGradients<T> differentiate(const SplineConstants<T>& c, const Sp
   return g;
 }
 
-// Softmax gradient, in place over the numerators: a bin before the one that holds the element moves its lower end,
-// that one changes its size, later ones nothing. `scale` turns a numerator into a size, `fixed` is what all sizes
-// share after the minima.
+// Gradient with respect to the raw sizes, in place over the numerators: a bin before the one that holds the
+// element moves its lower end (gradient `start`), that one changes its size (`size`), later ones nothing.
 template <class T, class K>
-inline void softmax_gradient(T* columns, K bins, Vec<T> index, Vec<T> start, Vec<T> size, Vec<T> scale, T shared) {
+inline void sizes_gradient(const BinSizes<T>& sizes, K bins, Vec<T> index, Vec<T> start, Vec<T> size) {
   using V = Vec<T>;
   const auto gradient = [&](std::int64_t k) {
     return select(V(T(k)) < index, start, select(V(T(k)) == index, size, V(T(0))));
   };
   V mean = V(T(0));
-  for (std::int64_t k = 0; k < bins; ++k) mean = fma(V::load(columns + k * V::width), gradient(k), mean);
-  mean = mean * scale / V(shared);
   for (std::int64_t k = 0; k < bins; ++k) {
-    const V p = V::load(columns + k * V::width) * scale;
-    (p * (gradient(k) - mean)).store(columns + k * V::width);
+    const V p = V::load(sizes.numerators + k * V::width) * sizes.inverse_sum;
+    p.store(sizes.numerators + k * V::width);
+    mean = fma(p, gradient(k), mean);
+  }
+  for (std::int64_t k = 0; k < bins; ++k) {
+    const V p = V::load(sizes.numerators + k * V::width);
+    (V(sizes.scale) * p * (gradient(k) - mean)).store(sizes.numerators + k * V::width);
   }
 }
 
@@ -278,15 +291,15 @@ void spline_backward_range(const SplineInputs<S>& a, const SplineGradients<S>& o
     const V gy = select(outside, zero, whole_gy);
     const V gl = select(outside, zero, load_n(grad_log_det + i - begin, n));
     const auto g = differentiate<kInverse>(c, bin, at, gy, gl);
-    softmax_gradient(p.widths, bins, bin.index, g.x0, g.width, p.width_scale, c.width_scale);
-    softmax_gradient(p.heights, bins, bin.index, g.y0, g.height, p.height_scale, c.height_scale);
+    sizes_gradient(p.widths, bins, bin.index, g.x0, g.width);
+    sizes_gradient(p.heights, bins, bin.index, g.y0, g.height);
     for (std::int64_t k = 0; k < bins - 1; ++k) {
       const V end0 = select(V(T(k + 1)) == bin.index, g.raw0, zero);
       select(V(T(k)) == bin.index, g.raw1, end0).store(p.derivatives + k * V::width);
     }
     store_n(out.grad_x + i, select(outside, whole_gy, g.v), n);
-    store_columns(out.grad_widths + i * bins, bins, bins, n, p.widths);
-    store_columns(out.grad_heights + i * bins, bins, bins, n, p.heights);
+    store_columns(out.grad_widths + i * bins, bins, bins, n, p.widths.numerators);
+    store_columns(out.grad_heights + i * bins, bins, bins, n, p.heights.numerators);
     store_columns(out.grad_derivatives + i * (bins - 1), bins - 1, bins - 1, n, p.derivatives);
   }
 }

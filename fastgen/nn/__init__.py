@@ -1,7 +1,14 @@
 """Layers over the ops: they hold parameters and state, and leave the arithmetic to fastgen.ops."""
 
+from fastgen.nn.coupling import AffineCoupling, RQSplineCoupling
 from fastgen.nn.gaussian_reparam import GaussianReparam
 from fastgen.nn.residual_vq import ResidualVQ
 from fastgen.nn.vector_quantizer import VectorQuantizer
 
-__all__ = ["GaussianReparam", "ResidualVQ", "VectorQuantizer"]
+__all__ = [
+    "AffineCoupling",
+    "GaussianReparam",
+    "RQSplineCoupling",
+    "ResidualVQ",
+    "VectorQuantizer",
+]

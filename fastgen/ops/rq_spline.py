@@ -173,9 +173,29 @@ class _RQSpline(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *options: Any
+        x: Tensor,
+        widths: Tensor,
+        heights: Tensor,
+        derivatives: Tensor,
+        batch_dims: int,
+        inverse: bool,
+        tail_bound: float,
+        min_bin_width: float,
+        min_bin_height: float,
+        min_derivative: float,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastgen.rq_spline_fwd(x, widths, heights, derivatives, *options)
+        return torch.ops.fastgen.rq_spline_fwd(
+            x,
+            widths,
+            heights,
+            derivatives,
+            batch_dims,
+            inverse,
+            tail_bound,
+            min_bin_width,
+            min_bin_height,
+            min_derivative,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -185,7 +205,7 @@ class _RQSpline(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple:
         grads = _RQSplineBackward.apply(grad_y, grad_log_det, *ctx.saved_tensors, *ctx.options)
-        return *grads, *(None,) * len(ctx.options)
+        return *grads, None, None, None, None, None, None
 
 
 class _RQSplineBackward(Function):
@@ -199,10 +219,26 @@ class _RQSplineBackward(Function):
         widths: Tensor,
         heights: Tensor,
         derivatives: Tensor,
-        *options: Any,
+        batch_dims: int,
+        inverse: bool,
+        tail_bound: float,
+        min_bin_width: float,
+        min_bin_height: float,
+        min_derivative: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.ops.fastgen.rq_spline_bwd(
-            grad_y, grad_log_det, x, widths, heights, derivatives, *options
+            grad_y,
+            grad_log_det,
+            x,
+            widths,
+            heights,
+            derivatives,
+            batch_dims,
+            inverse,
+            tail_bound,
+            min_bin_width,
+            min_bin_height,
+            min_derivative,
         )
 
     @staticmethod
@@ -217,10 +253,8 @@ class _RQSplineBackward(Function):
         def reference(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             return rq_spline_reference(*tensors, *ctx.options)
 
-        gx, gw, gh, gd, ggy, ggld = reference_vjp(
-            reference, primals, (grad_y, grad_log_det), grads
-        )
-        return ggy, ggld, gx, gw, gh, gd, *(None,) * len(ctx.options)
+        gx, gw, gh, gd, ggy, ggld = reference_vjp(reference, primals, (grad_y, grad_log_det), grads)
+        return ggy, ggld, gx, gw, gh, gd, None, None, None, None, None, None
 
 
 def _cpu(
