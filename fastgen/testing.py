@@ -295,7 +295,7 @@ def _affine_coupling(scale: str, inverse: bool) -> OpCase:
 def _plane_norm(
     op: str, name: str, shape_of: Callable[[tuple[int, ...]], tuple[int, ...]]
 ) -> OpCase:
-    """A row of `instance_norm` or `adain`; `shape_of` gives the parameters' shape from that of x."""
+    """A row of `instance_norm` or `adain`; `shape_of` maps the shape of x to the parameters'."""
 
     def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
         x = maker.randn(*shape, scale=2.0, mean=1.0)

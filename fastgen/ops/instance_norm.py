@@ -30,7 +30,8 @@ from fastgen.ops._autograd import accumulate_dtype, autocast_promote, needs_grad
 __all__ = ["instance_norm", "instance_norm_with_stats"]
 
 _library.define(
-    "instance_norm_fwd(Tensor x, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor, Tensor)"
+    "instance_norm_fwd(Tensor x, Tensor? scale, Tensor? shift, float eps) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "instance_norm_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? scale, float eps) "
@@ -69,7 +70,7 @@ _library.register_vmap_fold("instance_norm_bwd")
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """xhat (B, C, N), mean and biased variance (B, C, 1), plain and in the arithmetic dtype of x."""
+    """xhat (B, C, N), mean and biased variance (B, C, 1) in the arithmetic dtype, in plain torch."""
     flat = x.to(accumulate_dtype(x.dtype)).flatten(2)
     mean = flat.mean(2, keepdim=True)
     centred = flat - mean
