@@ -1,6 +1,15 @@
 """Layers over the ops: they hold parameters and state, and leave the arithmetic to fastgen.ops."""
 
+from fastgen.nn.adain import AdaIN
+from fastgen.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastgen.nn.residual_vq import ResidualVQ
 from fastgen.nn.vector_quantizer import VectorQuantizer
 
-__all__ = ["ResidualVQ", "VectorQuantizer"]
+__all__ = [
+    "AdaIN",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "ResidualVQ",
+    "VectorQuantizer",
+]
