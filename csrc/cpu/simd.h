@@ -123,6 +123,8 @@ inline void transpose4(Words (&w)[4]) {
   w[2] = _mm512_unpacklo_epi64(ab1, cd1);
   w[3] = _mm512_unpackhi_epi64(ab1, cd1);
 }
+inline Vec<double> low_half(Vec<float> a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)); }
+inline Vec<double> high_half(Vec<float> a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }
 
 inline Vec<float> load(const BFloat16* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -257,6 +259,8 @@ inline void transpose4(Words (&w)[4]) {
   w[2] = _mm256_unpacklo_epi64(ab1, cd1);
   w[3] = _mm256_unpackhi_epi64(ab1, cd1);
 }
+inline Vec<double> low_half(Vec<float> a) { return _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)); }
+inline Vec<double> high_half(Vec<float> a) { return _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)); }
 
 inline Vec<float> load(const BFloat16* p) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -483,6 +487,16 @@ inline void transpose4(Words (&w)[4]) {
     }
   }
 }
+inline Vec<double> low_half(Vec<float> a) {
+  Vec<double> r;
+  for (int i = 0; i < Vec<double>::width; ++i) r.v[i] = a.v[i];
+  return r;
+}
+inline Vec<double> high_half(Vec<float> a) {
+  Vec<double> r;
+  for (int i = 0; i < Vec<double>::width; ++i) r.v[i] = a.v[i + Vec<double>::width];
+  return r;
+}
 
 template <class H>
 inline Vec<float> load(const H* p) {
@@ -530,6 +544,25 @@ inline void store_n(H* p, Vec<float> a, int n) {
   alignas(64) H lanes[Vec<float>::width];
   store(static_cast<H*>(lanes), a);
   std::memcpy(static_cast<void*>(p), lanes, static_cast<std::size_t>(n) * sizeof(H));
+}
+
+// The first n lanes, n <= width.
+template <class S>
+inline auto load_lanes(const S* p, int n) {
+  using V = decltype(load(p));
+  return n == V::width ? load(p) : load_n(p, n);
+}
+
+// store(out + i, f(load(in + i)...)) for n elements of each pointer.
+template <class S, class F, class... In>
+inline void transform(std::int64_t n, S* out, F f, const In*... in) {
+  constexpr int kWidth = decltype(load(out))::width;
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, f(load(in + i)...));
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    store_n(out + i, f(load_n(in + i, rest)...), rest);
+  }
 }
 
 // Lanes combined in a fixed tree, so the same lanes give the same bits.
@@ -585,6 +618,68 @@ struct CascadeSum {
   }
   T value() const { return sum(total + run); }
 };
+
+// The lanes of a Vec<T> as doubles, for sums that must not lose what T loses.
+template <class T>
+struct Wide {
+  static constexpr int parts = sizeof(double) / sizeof(T);
+  Vec<double> part[parts];
+  Wide() : Wide(0.0) {}
+  explicit Wide(double s) {
+    for (int i = 0; i < parts; ++i) part[i] = Vec<double>(s);
+  }
+};
+inline Wide<double> widen(Vec<double> a) {
+  Wide<double> r;
+  r.part[0] = a;
+  return r;
+}
+inline Wide<float> widen(Vec<float> a) {
+  Wide<float> r;
+  r.part[0] = low_half(a);
+  r.part[1] = high_half(a);
+  return r;
+}
+template <class T>
+inline Wide<T> operator+(Wide<T> a, Wide<T> b) {
+  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] + b.part[i];
+  return a;
+}
+template <class T>
+inline Wide<T> operator-(Wide<T> a, Wide<T> b) {
+  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] - b.part[i];
+  return a;
+}
+template <class T>
+inline Wide<T> fma(Wide<T> a, Wide<T> b, Wide<T> c) {
+  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = fma(a.part[i], b.part[i], c.part[i]);
+  return a;
+}
+template <class T>
+inline double sum(Wide<T> a) {
+  for (int i = 1; i < Wide<T>::parts; ++i) a.part[0] = a.part[0] + a.part[i];
+  return sum(a.part[0]);
+}
+template <class T>
+inline Wide<T> load_wide(const double* p, int n) {
+  Wide<T> r;
+  for (int i = 0; i < Wide<T>::parts; ++i) {
+    const int first = i * Vec<double>::width, rest = n - first;
+    if (rest > 0) r.part[i] = load_lanes(p + first, rest < Vec<double>::width ? rest : Vec<double>::width);
+  }
+  return r;
+}
+template <class T>
+inline void store_n(double* p, Wide<T> a, int n) {
+  for (int i = 0; i < Wide<T>::parts; ++i) {
+    const int first = i * Vec<double>::width, rest = n - first;
+    if (rest >= Vec<double>::width) {
+      a.part[i].store(p + first);
+    } else if (rest > 0) {
+      a.part[i].store_n(p + first, rest);
+    }
+  }
+}
 
 // Applies a scalar function lane by lane: for double, where no vector version is worth its size.
 template <class T, class F>

@@ -1,7 +1,9 @@
 """The fused ops, each in one file: formula, schema, reference, gradients, backends, function."""
 
 from fastgen import backends
+from fastgen.ops.adain import adain
 from fastgen.ops.affine_coupling import affine_coupling
+from fastgen.ops.instance_norm import instance_norm
 from fastgen.ops.normal import normal
 from fastgen.ops.reparam_kl import reparam_kl
 from fastgen.ops.rq_spline import rq_spline
@@ -11,7 +13,9 @@ from fastgen.ops.vq_quantize import VQResult, vq_quantize
 
 __all__ = [
     "VQResult",
+    "adain",
     "affine_coupling",
+    "instance_norm",
     "normal",
     "reparam_kl",
     "rq_spline",
