@@ -12,6 +12,8 @@ BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/
 CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 ASAN_BUILD := build/asan
 
+# clang-format comes from the virtual environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -37,6 +39,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/built: $(STAMPS)/torch $(BUILD_INPUTS)
+	@echo 'Compiling the kernels: minutes the first time, afterwards only what changed.'
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,dev]'
 	@touch $@
 
@@ -44,24 +47,24 @@ demo: dev ## train a small model for a minute and draw samples
 	$(BIN)/python -m fastgen.demo $(ARGS)
 
 test: dev ## the fast suite; a kernel that should be there and is missing is an error
-	FASTGEN_STRICT=1 $(BIN)/pytest -m 'not slow and not gpu' $(ARGS)
+	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
 
 test-slow: dev ## the long tests: packaging, training to convergence
-	FASTGEN_STRICT=1 $(BIN)/pytest -m 'slow and not gpu' $(ARGS)
+	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
 test-asan: dev ## the op tests against kernels built with the address and undefined-behaviour sanitizers
-	BUILD=$(ASAN_BUILD) PYTHON=$(BIN)/python sh tests/run_asan.sh
+	sh tests/run_asan.sh $(BIN)/python $(ASAN_BUILD) $(ARGS)
 
 lint: dev ## check style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/python -m mypy
 
 format: dev ## rewrite the sources in the project's style
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+	clang-format -i $(CXX_SOURCES)
 
 bench: dev ## run the benchmarks: make bench ARGS=adain
 	$(BIN)/python -m benchmarks.run $(ARGS)
@@ -75,7 +78,7 @@ gpu-check: dev ## on a machine with an NVIDIA GPU: what is there, and the tests 
 	@$(BIN)/python -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)' || \
 	  { echo 'make gpu-check needs an NVIDIA GPU and a PyTorch built with CUDA (make dev TORCH=torch); there is none here' >&2; exit 2; }
 	$(BIN)/python -m fastgen.info
-	FASTGEN_STRICT=1 $(BIN)/pytest -m gpu $(ARGS)
+	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 clean: ## remove everything that make dev, test and wheel made
 	rm -rf .venv build dist fastgen.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""python -m fastgen.info: it names every op and backend, and gives a reason wherever one cannot run."""
+"""python -m fastgen.info: it names every op and backend, and says why where one cannot run."""
 
 import json
 import os

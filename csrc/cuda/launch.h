@@ -1,8 +1,8 @@
-// What every CUDA op file (.cu) includes first: the stable ABI, and the device and stream to launch on.
+// What every CUDA op file (.cu) includes: the stable ABI, and the device and stream to launch on.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include <cuda_runtime.h>
 
@@ -12,10 +12,12 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 namespace fastgen {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Makes the tensor's device the current one for its lifetime, and holds the stream that PyTorch uses there.
@@ -32,5 +34,10 @@ struct Launch {
     return static_cast<cudaStream_t>(stream);
   }
 };
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
 
 }  // namespace fastgen

@@ -98,7 +98,6 @@ def _load(module: str, expected: bool, why_not: str) -> str | None:
 define("cpu_isa() -> int")
 define("best_cpu_isa() -> int")
 define("force_cpu_isa(int isa) -> int")
-define("cuda_probe(Tensor x) -> Tensor")
 
 _BUILD = _build.info()
 
