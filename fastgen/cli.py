@@ -23,40 +23,56 @@ _EXTRAS = {
 _USAGE = """\
 usage: fastgen COMMAND ...
 
-  train RECIPE [--config FILE] [--data NAME] [--data-root DIR] [--run-dir DIR] [--any.option VALUE]
+  train RECIPE [--config FILE] [--data NAME] [--data-root DIR] [--run-dir DIR]
+        [--any.option VALUE]      train in a new run folder
   train --resume RUN [--data-root DIR]
   sample RUN [--num N] [--seed S] [--label L] [--temperature T] [--out PNG]
-  eval RUN                reconstruction error, use of the codebook, likelihood; writes RUN/eval.json
-  bench [OP]              time an op against its reference and others (needs a checkout)
-  info                    versions, what was built, which backend each op has
+  eval RUN                        measures on held-out data; writes RUN/eval.json
+  bench [OP]                      time an op against others (in a source checkout)
+  info                            versions, what was built, each op's backends
 
-`fastgen train RECIPE --help` lists a recipe's options. FASTGEN_DATA=DIR stands for --data-root DIR."""
+fastgen train RECIPE --help lists a recipe's options; FASTGEN_DATA=DIR stands for --data-root."""
 
 
 class CommandError(Exception):
     """A command line that cannot be followed; the message is one line that says what to do."""
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose complaints are `CommandError`."""
+
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, 1 (training failed), 2 (bad request) or 130 (interrupted)."""
+    """Run the command line.
+
+    Returns:
+        exit status: 0, 1 (the training failed), 2 (a bad request) or 130 (interrupted).
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else 2
-    command, rest = arguments[0], arguments[1:]
+    return run_command(_dispatch, arguments)
+
+
+def run_command(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command; an error that the user can put right becomes one line and an exit status."""
     try:
-        if command not in _COMMANDS:
-            raise CommandError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}")
-        return _COMMANDS[command](rest)
+        return command(arguments)
     except CommandError as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted; a run goes on with fastgen train --resume RUN", 130)
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    command = arguments[0]
+    if command not in _COMMANDS:
+        raise CommandError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}")
+    return _COMMANDS[command](arguments[1:])
 
 
 def _fail(error: object, status: int) -> int:
@@ -64,8 +80,8 @@ def _fail(error: object, status: int) -> int:
     return status
 
 
-def _needs_training(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """Check that the extras are there, and turn the errors that a user can put right into one line."""
+def needs_training(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """Wrap a command that needs the extras: they are checked, and its errors become one line."""
 
     def checked(arguments: Sequence[str]) -> int:
         missing = [
@@ -88,12 +104,12 @@ def _needs_training(command: Callable[[Sequence[str]], int]) -> Callable[[Sequen
     return checked
 
 
-@_needs_training
+@needs_training
 def _train(arguments: Sequence[str]) -> int:
     from fastgen.training.options import parse_train_options, train_help
     from fastgen.training.runs import resume_run, start_run
 
-    resume = _Parser("fastgen train", add_help=False)
+    resume = CommandParser("fastgen train", add_help=False)
     resume.add_argument("--resume", type=Path)
     if any(a == "--resume" or a.startswith("--resume=") for a in arguments):
         resume.add_argument("recipe", nargs="?")
@@ -124,13 +140,15 @@ def _split_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     raise CommandError(f"fastgen train needs a recipe first; known: {', '.join(sorted(RECIPES))}")
 
 
-@_needs_training
+@needs_training
 def _sample(arguments: Sequence[str]) -> int:
     from fastgen.training.checkpoint import write_atomic
     from fastgen.training.images import png_bytes
     from fastgen.training.runs import sample_run
 
-    parser = _Parser("fastgen sample", description="draw images from a trained run as one PNG grid")
+    parser = CommandParser(
+        "fastgen sample", description="draw images from a trained run as one PNG grid"
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--num", type=_positive, default=64, help="images to draw (64)")
     parser.add_argument("--seed", type=int, default=0)
@@ -158,11 +176,13 @@ def _sample(arguments: Sequence[str]) -> int:
     return 0
 
 
-@_needs_training
+@needs_training
 def _eval(arguments: Sequence[str]) -> int:
     from fastgen.training.runs import evaluate_run
 
-    parser = _Parser("fastgen eval", description="measure a trained run on the held-out splits")
+    parser = CommandParser(
+        "fastgen eval", description="measure a trained run on the held-out splits"
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--data-root", help="where the data is, if it moved")
     options = parser.parse_args(arguments)
@@ -185,7 +205,7 @@ def _bench(arguments: Sequence[str]) -> int:
 
 
 def _info(arguments: Sequence[str]) -> int:
-    _Parser("fastgen info", description="versions, builds and backends").parse_args(arguments)
+    CommandParser("fastgen info", description="versions, builds and backends").parse_args(arguments)
     from fastgen import info
 
     return int(info.main() or 0)

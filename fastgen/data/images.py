@@ -1,17 +1,18 @@
 """Image data sets, whole in memory: float32 in [0, 1], shape (N, C, H, W), labels int64 (N,).
 
-| name              | where                                  | train / validation / test                    |
-|-------------------|----------------------------------------|----------------------------------------------|
-| `digits`          | inside scikit-learn, 8x8 grey          | 80 % / 10 % / 10 % of a fixed permutation    |
-| `mnist`           | `ROOT/mnist/*-ubyte.gz` (IDX)          | first 55,000 / last 5,000 of train / t10k    |
-| `fashion-mnist`   | `ROOT/fashion-mnist/*-ubyte.gz` (IDX)  | as `mnist`                                   |
-| `binarized-mnist` | `ROOT/binarized_mnist.npz`             | the file's own (Larochelle and Murray, 2011) |
-| `cifar10`         | `ROOT/cifar10.npz`, `cifar10_4000.npz` | the file's own, or as `digits`               |
-| `NAME.npz`        | that path, or `ROOT/NAME.npz`          | the file's own, or as `digits`               |
+| name              | where                                   | train / validation / test          |
+|-------------------|-----------------------------------------|------------------------------------|
+| `digits`          | inside scikit-learn, 8x8 grey           | 80 / 10 / 10 % of a fixed shuffle  |
+| `mnist`           | `ROOT/mnist/*-ubyte.gz` (IDX)           | all but 5,000 / last 5,000 / t10k  |
+| `fashion-mnist`   | `ROOT/fashion-mnist/*-ubyte.gz` (IDX)   | as `mnist`                         |
+| `binarized-mnist` | `ROOT/binarized_mnist.npz`              | the file's own (Larochelle split)  |
+| `cifar10`         | `ROOT/cifar10.npz` or `cifar10_4000.npz`| the file's own, or as `digits`     |
+| `NAME.npz`        | `ROOT/NAME.npz`, or that path           | the file's own, or as `digits`     |
 
-An `.npz` file holds either the arrays `train`, `valid` and `test`, with `train_labels` and so on where there
-are labels, or one array `images` (or a single array of any name) with an optional `labels`. Images are uint8 in [0, 255]
-or floats in [0, 1], shaped (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1 or 3.
+An `.npz` file holds either the arrays `train`, `valid` and `test`, with `train_labels` and so on
+where there are labels, or one array `images` (or a single array of any name) with an optional
+`labels`. Images are uint8 in [0, 255] or floats in [0, 1], shaped (N, H, W), (N, H, W, C) or (N, C,
+H, W) with C of 1 or 3.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ _MNIST_VALID = 5_000
 
 
 class DataError(ValueError):
-    """The data asked for is missing, unreadable or of the wrong shape; the message says what to do."""
+    """The data asked for is missing or not what it should be; the message says what to do."""
 
 
 @dataclass
 class ImageSplit:
-    """Images (N, C, H, W), float32 in [0, 1], and labels (N,), int64, where the data set has them."""
+    """Images (N, C, H, W), float32 in [0, 1], and labels (N,), int64, or None."""
 
     images: Tensor
     labels: Tensor | None = None
@@ -66,7 +67,7 @@ class ImageDataset:
 
 
 def resolve_data_root(root: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder with the data files: `root`, else the environment variable FASTGEN_DATA, else None."""
+    """The folder with the data files: `root`, else that of FASTGEN_DATA, else None."""
     chosen = root or os.environ.get("FASTGEN_DATA")
     return Path(chosen).expanduser().absolute() if chosen else None
 
@@ -83,18 +84,11 @@ def load_images(name: str, root: str | os.PathLike[str] | None = None) -> ImageD
     """
     folder = resolve_data_root(root)
     if name in DATASETS:
-        dataset = DATASETS[name](name, folder)
-    elif name.endswith(".npz"):
-        dataset = _load_npz(name, _find(folder, name))
-    else:
-        known = ", ".join(DATASETS)
-        raise DataError(
-            f"data set {name!r} is not known; known: {known}, or the path of an .npz file"
-        )
-    for split in ("train", "valid", "test"):
-        if not len(getattr(dataset, split)):
-            raise DataError(f"data set {name!r}: the {split} split is empty; give it more images")
-    return dataset
+        return DATASETS[name](name, folder)
+    if name.endswith(".npz"):
+        return _load_npz(name, _find(folder, name))
+    known = ", ".join(DATASETS)
+    raise DataError(f"data set {name!r} is not known; known: {known}, or the path of an .npz file")
 
 
 def _load_digits(name: str, root: Path | None) -> ImageDataset:
@@ -108,19 +102,17 @@ def _load_digits(name: str, root: Path | None) -> ImageDataset:
 
 
 def _load_mnist(name: str, root: Path | None) -> ImageDataset:
-    def part(prefix: str) -> ImageSplit:
+    def part(prefix: str) -> tuple[Tensor, Tensor]:
         images = _read_idx(_find(root, f"{name}/{prefix}-images-idx3-ubyte.gz"))
         labels = _read_idx(_find(root, f"{name}/{prefix}-labels-idx1-ubyte.gz"))
-        if len(images) != len(labels):
-            raise DataError(f"{name}: {len(images)} {prefix} images but {len(labels)} labels")
-        return ImageSplit(_to_unit_nchw(images, name), torch.from_numpy(labels.astype(np.int64)))
+        return _to_unit_nchw(images, name), torch.from_numpy(labels.astype(np.int64))
 
-    full, test = part("train"), part("t10k")
-    count = max(len(full) - _MNIST_VALID, 0)
-    assert full.labels is not None
-    train = ImageSplit(full.images[:count], full.labels[:count])
-    valid = ImageSplit(full.images[count:], full.labels[count:])
-    return ImageDataset(name, train, valid, test, num_classes=10)
+    images, labels = part("train")
+    count = max(len(images) - _MNIST_VALID, 0)
+    train, valid = (
+        ImageSplit(images[rows], labels[rows]) for rows in (slice(count), slice(count, None))
+    )
+    return _dataset(name, [train, valid, ImageSplit(*part("t10k"))])
 
 
 def _load_binarized_mnist(name: str, root: Path | None) -> ImageDataset:
@@ -133,7 +125,7 @@ def _load_binarized_mnist(name: str, root: Path | None) -> ImageDataset:
             raise DataError(f"{path}: expected uint8 {key} of shape (N, 98), 784 packed bits a row")
         bits = np.unpackbits(packed, axis=1).reshape(-1, 1, 28, 28)
         splits.append(ImageSplit(torch.from_numpy(bits.astype(np.float32))))
-    return ImageDataset(name, *splits)
+    return _dataset(name, splits)
 
 
 def _load_cifar10(name: str, root: Path | None) -> ImageDataset:
@@ -199,11 +191,7 @@ def _load_npz(name: str, path: Path) -> ImageDataset:
             ImageSplit(_to_unit_nchw(arrays[key], path), labels.get(f"{key}_labels"))
             for key in ("train", "valid", "test")
         ]
-        labelled = [split.labels for split in splits if split.labels is not None]
-        complete = len(labelled) == len(splits)
-        return ImageDataset(
-            name, *splits, num_classes=_num_classes(torch.cat(labelled)) if complete else None
-        )
+        return _dataset(name, splits)
     if "images" not in arrays and len(arrays) != 1:
         found = ", ".join(arrays) or "no arrays"
         raise DataError(f"{path}: expected train, valid and test, or images; found {found}")
@@ -214,7 +202,8 @@ def _load_npz(name: str, path: Path) -> ImageDataset:
 def _to_labels(array: np.ndarray, path: Path, key: str) -> Tensor:
     if array.ndim != 1 or array.dtype.kind not in "iu" or (array.size and array.min() < 0):
         raise DataError(
-            f"{path}: {key} must be non-negative integers of shape (N,), not {array.dtype} {array.shape}"
+            f"{path}: {key} must be non-negative integers of shape (N,), not {array.dtype} "
+            f"{array.shape}"
         )
     return torch.from_numpy(array.astype(np.int64))
 
@@ -235,15 +224,28 @@ def _to_unit_nchw(array: np.ndarray, source: object) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
-def _num_classes(labels: Tensor | None) -> int | None:
-    return None if labels is None or not len(labels) else int(labels.max()) + 1
-
-
 def _split_by_permutation(name: str, images: Tensor, labels: Tensor | None) -> ImageDataset:
-    if labels is not None and len(labels) != len(images):
-        raise DataError(f"data set {name!r}: {len(images)} images but {len(labels)} labels")
+    _check_labels(name, ImageSplit(images, labels))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     held_out = len(images) // 10
     parts = order.split([len(images) - 2 * held_out, held_out, held_out])
     splits = [ImageSplit(images[part], None if labels is None else labels[part]) for part in parts]
-    return ImageDataset(name, *splits, num_classes=_num_classes(labels))
+    return _dataset(name, splits)
+
+
+def _dataset(name: str, splits: list[ImageSplit]) -> ImageDataset:
+    shapes = {tuple(split.images.shape[1:]) for split in splits}
+    if len(shapes) > 1 or any(len(split) == 0 for split in splits):
+        sizes = [tuple(split.images.shape) for split in splits]
+        raise DataError(f"data set {name!r}: its splits must be non-empty and alike, got {sizes}")
+    for split in splits:
+        _check_labels(name, split)
+    labels = [split.labels for split in splits if split.labels is not None]
+    num_classes = int(torch.cat(labels).max()) + 1 if len(labels) == len(splits) else None
+    train, valid, test = splits
+    return ImageDataset(name, train, valid, test, num_classes)
+
+
+def _check_labels(name: str, split: ImageSplit) -> None:
+    if split.labels is not None and len(split.labels) != len(split):
+        raise DataError(f"data set {name!r}: {len(split)} images, {len(split.labels)} labels")

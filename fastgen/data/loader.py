@@ -9,9 +9,10 @@ from torch import Tensor
 class BatchLoader:
     """Endless shuffled batches; a batch is a pure function of (seed, epoch, index).
 
-    The order of an epoch comes from a private generator, so nothing else that draws random numbers can move
-    it, and a loader set back to a position goes on exactly as the first one did. The last, incomplete batch of an epoch is
-    dropped. With several processes each takes its contiguous part of the same joint batch.
+    The order of an epoch comes from a private generator, so nothing else that draws random numbers
+    can move it, and a loader set back to a position goes on exactly as the first one did. The last,
+    incomplete batch of an epoch is dropped. With several processes each takes its contiguous part
+    of the same joint batch.
 
     Args:
         tensors: named tensors with one common first dimension N; None values are left out.

@@ -1,6 +1,7 @@
 """How much of a codebook a quantizer uses.
 
-Both measures take a histogram, so that one can be gathered over any interval: sum or average the histograms first.
+Both measures take a histogram, so that one can be gathered over any interval: sum or average the
+histograms first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Autoregressive prior over a grid of codes: p(z) = prod_i p(z_i | z_<i, label), in raster order.
 
-The factorisation is that of van den Oord et al., 2017, section 3.3; the network is a causal transformer with
-pre-normalisation (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019) in the place of the PixelCNN.
+The factorisation is that of van den Oord et al., 2017, section 3.3; the network is a causal
+transformer with pre-normalisation (Radford et al., "Language Models are Unsupervised Multitask
+Learners", 2019) in the place of the PixelCNN.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 
 class CausalBlock(nn.Module):
-    """Causal self-attention and an MLP, each on normalised input and added: (B, N, D) -> (B, N, D)."""
+    """Causal self-attention, then an MLP, each on normalised input: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -92,7 +93,8 @@ class CodePrior(nn.Module):
             labels: (B,), int64, exactly where the prior is conditional.
 
         Returns:
-            logits (B, N, K); (B, n + 1, K) for a prefix of n < N codes: the last row predicts the next code.
+            logits (B, N, K); (B, n + 1, K) for a prefix of n < N codes: the last row predicts the
+            next code.
 
         Raises:
             ValueError: labels missing or superfluous, or more than N codes.

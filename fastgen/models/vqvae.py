@@ -1,9 +1,10 @@
 """VQ-VAE: an autoencoder with a discrete latent grid.
 
-van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017 (arXiv 1711.00937):
-the latent grid is the nearest code per position (eq. 1, 2), gradients pass straight through (section 3.2), and
-the loss is -log p(x | z_q) + ||sg(z_e) - e||^2 + beta ||z_e - sg(e)||^2 (eq. 3), the codebook term replaced by moving
-averages where `codebook="ema"` (appendix A.1). The residual encoder and decoder are those of section 4.1.
+van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017 (arXiv
+1711.00937): the latent grid is the nearest code per position (eq. 1, 2), gradients pass straight
+through (section 3.2), and the loss is -log p(x | z_q) + ||sg(z_e) - e||^2 + beta ||z_e - sg(e)||^2
+(eq. 3), the codebook term replaced by moving averages where `codebook="ema"` (appendix A.1). The
+residual encoder and decoder are those of section 4.1.
 The prior over the codes is a model of its own: `fastgen.models.CodePrior`.
 """
 
@@ -19,7 +20,7 @@ from fastgen.nn import VectorQuantizer
 
 
 class VQVAEOutput(NamedTuple):
-    """reconstruction (B, C, H, W); codes (B, h, w), int64; vq_loss, the scalar codebook + commitment loss."""
+    """reconstruction (B, C, H, W); codes (B, h, w), int64; vq_loss, a scalar."""
 
     reconstruction: Tensor
     codes: Tensor
@@ -102,7 +103,7 @@ class VQVAE(nn.Module):
         )
 
     def forward(self, images: Tensor) -> VQVAEOutput:
-        """Encode, quantize, decode: images (B, C, H, W) -> `VQVAEOutput`; in training mode an EMA codebook moves."""
+        """Encode, quantize, decode images (B, C, H, W); in training mode an EMA codebook moves."""
         quantized, codes, vq_loss = self.quantizer(self._embed(images))
         return VQVAEOutput(self._reconstruct(quantized), codes, vq_loss)
 
@@ -124,7 +125,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def interpolate(self, first: Tensor, second: Tensor, steps: int) -> Tensor:
-        """Decoded straight lines between the embeddings of two image batches (B, C, H, W), quantized on the way.
+        """Decode the straight lines between two image batches (B, C, H, W), each point quantized.
 
         Returns:
             (steps, B, C, H, W), from `first` to `second`.

@@ -1,4 +1,4 @@
-"""Training: the engine, tasks, checkpoints and run folders. Needs `pip install 'fastgen[train]'`."""
+"""The training engine, tasks, checkpoints and run folders; needs the extra `fastgen[train]`."""
 
 from fastgen.training.config import EngineConfig
 from fastgen.training.engine import Engine, make_accelerator

@@ -1,9 +1,10 @@
 """Checkpoints that a kill cannot break.
 
-A checkpoint is a folder `step-XXXXXXXX` of sections. A section is a tree of dicts, lists and tuples with tensors and JSON
-scalars as leaves; its tensors are in `<section>.safetensors`, the rest is in `<section>.json`. `manifest.json` holds size and
-SHA-256 of every file. The folder is written under a temporary name beside, synced to the disk, and renamed, so it either exists
-whole or not at all. Nothing is ever pickled.
+A checkpoint is a folder `step-XXXXXXXX` of sections. A section is a tree of dicts, lists and tuples
+with tensors and JSON scalars as leaves; its tensors are in `<section>.safetensors`, the rest is in
+`<section>.json`. `manifest.json` holds size and SHA-256 of every file. The folder is written under
+a temporary name beside, synced to the disk, and renamed, so it either exists whole or not at all.
+Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def save_checkpoint(folder: Path, step: int, sections: dict[str, Any]) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the sections of a checkpoint after checking every file against the manifest; tensors on the CPU.
+    """Read a checkpoint's sections, tensors on the CPU; every file is checked against the manifest.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered, or the format is unknown.
@@ -78,7 +79,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             found = _describe(path / name)
             if found["bytes"] != expected["bytes"]:
                 raise CheckpointError(
-                    f"{path / name} is damaged: {found['bytes']} bytes, {expected['bytes']} were written"
+                    f"{path / name} is damaged: {found['bytes']} of {expected['bytes']} bytes"
                 )
             if found["sha256"] != expected["sha256"]:
                 raise CheckpointError(
@@ -107,7 +108,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any], dict[Path, CheckpointError]]:
-    """The newest checkpoint that is sound: (path, sections, newer ones with what is wrong with them).
+    """The newest sound checkpoint: (path, sections, damaged newer ones with what is wrong).
 
     Raises:
         CheckpointError: there is none, or none is sound.

@@ -22,7 +22,8 @@ class EngineConfig:
         mixed_precision: autocast dtype of the forward pass.
         accumulate: parts that a batch is cut into, to save memory; gradients add up.
         max_grad_norm: clip the gradient's norm; null for none.
-        ema_decay: also keep averaged weights, with this decay a step, and validate, draw and sample with them; null for none.
+        ema_decay: average the weights with this decay a step, and validate, draw and sample with
+            the averages; null for none.
         compile: pass the networks through torch.compile.
         log_every: steps between lines of training metrics.
         valid_every: steps between validations.

@@ -1,7 +1,8 @@
 """The training engine: what every task has in common.
 
-One step of the run counter is one optimiser step of every phase of the current stage; stages follow each other in one count. After a
-step come, in this order, its log line, validation, samples, and last the checkpoint, which therefore covers all of them.
+One step of the run counter is one optimiser step of every phase of the current stage; stages follow
+each other in one count. After a step come, in this order, its log line, validation, samples, and
+last the checkpoint, which therefore covers all of them.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ class Engine:
             name: torch.compile(net) if self.config.compile else net
             for name, net in self._wrapped.items()
         }
-        self._interval, self._interval_steps = {}, 0
+        self._interval: dict[str, Tensor] = {}
+        self._interval_steps = 0
         self._bad_step = torch.tensor(-1, device=accelerator.device)
 
     def _train_step(self, stage: Stage) -> None:
@@ -217,7 +219,7 @@ class Engine:
                 else "there is no checkpoint yet"
             )
             raise NonFiniteLossError(
-                f"the loss became NaN or infinite at step {min(bad)}; {last}; try a lower learning rate"
+                f"the loss became NaN or infinite at step {min(bad)}; {last}; lower the learning rate"
             )
 
     def _write_interval(self, stage: Stage, bar: tqdm) -> None:
@@ -293,7 +295,7 @@ class Engine:
         ckpt.prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints)
 
     def _restore(self) -> dict[str, Any] | None:
-        """Weights and step from the newest sound checkpoint; None where a kill came before the first one."""
+        """Weights, step and random states of the newest sound checkpoint; None if none was made."""
         if not ckpt.list_checkpoints(self.run.checkpoints):
             return None
         path, sections, problems = ckpt.load_newest(self.run.checkpoints)
@@ -335,7 +337,7 @@ class Engine:
 
 
 def load_weights(task: Task, sections: dict[str, Any], *, averaged: bool = False) -> None:
-    """Put a checkpoint's weights into a task's modules; with `averaged`, the averages where it has them.
+    """Put a checkpoint's weights into a task's modules; `averaged`: averages where it has them.
 
     Raises:
         CheckpointError: the weights are of another model.

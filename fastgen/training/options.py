@@ -17,7 +17,7 @@ from fastgen.training.tasks import RECIPES, Recipe
 
 @dataclasses.dataclass
 class TrainOptions:
-    """What `fastgen train` was asked: a new run of `recipe` with `config`, in `run_dir` (None: a new name)."""
+    """What `fastgen train` was asked for; `run_dir` is None for a new name."""
 
     recipe: str
     config: Any
@@ -38,7 +38,7 @@ def find_recipe(name: object) -> Recipe:
 def parse_train_options(recipe: str, arguments: Sequence[str]) -> TrainOptions:
     """Parse the arguments after the recipe's name; `--some-name` and `--some_name` are one option.
 
-    Later sources win: the dataclass's defaults, the data set's preset, the file of `--config`, other arguments.
+    Later sources win: defaults, the data set's preset, the file of `--config`, other arguments.
 
     Raises:
         RunError: an unknown option or a value of the wrong kind.
@@ -102,7 +102,7 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 def _instantiate(parser: ArgumentParser, recipe: str, parsed: Namespace) -> Any:
     names = {field.name for field in dataclasses.fields(find_recipe(recipe).config)}
     try:
-        built = parser.instantiate_classes(parsed)
+        built = parser.instantiate(parsed)
         return find_recipe(recipe).config(**{name: built[name] for name in names})
     except ValueError as error:
         raise RunError(_one_line(error)) from error

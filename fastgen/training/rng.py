@@ -1,9 +1,10 @@
-"""The state of every random number generator that training can draw from, as tensors of fixed shape."""
+"""The states of all random number generators, as tensors of fixed shape."""
 
 from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 def get_rng_state(device: torch.device) -> dict[str, Tensor]:
     """States of Python's, NumPy's and torch's generators, and of `device`'s where it is a GPU."""
     _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    _, keys, position, has_gauss, cached = numpy
     state = {
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),

@@ -89,13 +89,13 @@ class RunFolder:
         return config
 
     def lock(self) -> None:
-        """Keep other processes from training this run; the lock ends with the process, however it ends.
+        """Keep other processes from training this run; the lock ends with this process.
 
         Raises:
             RunError: another process has it, or the folder cannot be written.
         """
         try:
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
@@ -122,12 +122,13 @@ class MetricsLog:
 
     Args:
         run: the run folder.
-        position: length in bytes of metrics.jsonl when the checkpoint was made; what lies beyond is dropped.
+        position: length in bytes of metrics.jsonl when the checkpoint was made; what lies beyond is
+            dropped.
         step: the step of that checkpoint.
     """
 
     def __init__(self, run: RunFolder, position: int, step: int):
-        self._file = open(run.metrics_path, "ab")
+        self._file = open(run.metrics_path, "ab")  # noqa: SIM115
         if self._file.tell() > position:
             self._file.truncate(position)
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)

@@ -24,11 +24,14 @@ from fastgen.training.tasks.base import Task
 
 
 def start_run(recipe: str, config: Any, run_dir: Path | None = None) -> RunFolder:
-    """Train a recipe in a new folder, by default `runs/<recipe>-<data>-<time>`; everything is checked before it is made.
+    """Train a recipe in a new folder, by default `runs/<recipe>-<data>-<time>`.
+
+    Data and options are checked before the folder is made.
 
     Raises:
         DataError: the data cannot be loaded.
-        RunError: options that do not fit, a folder that exists or cannot be written, or a training that failed.
+        RunError: options that do not fit, a folder that exists or cannot be written, or a training
+            that failed.
     """
     root = resolve_data_root(config.data_root)
     config = dataclasses.replace(config, data_root=None if root is None else str(root))
@@ -60,7 +63,9 @@ def resume_run(path: Path, data_root: str | None = None, expected: str | None = 
 
 
 def load_run(path: Path, data_root: str | None = None) -> Task:
-    """The task of a run with the weights of its newest sound checkpoint, averaged ones where it has them, in eval mode.
+    """The task of a run in eval mode, with the weights of its newest sound checkpoint.
+
+    Averaged weights are taken where the checkpoint has them.
 
     Raises:
         DataError, RunError, CheckpointError: what is missing or damaged.
@@ -105,7 +110,7 @@ def sample_run(
 
 
 def evaluate_run(path: Path, data_root: str | None = None) -> dict[str, dict[str, float]]:
-    """Measures of a run's model on the held-out splits, split -> measure -> value; also written to eval.json.
+    """Measure a run's model on the held-out splits: split -> measure -> value; writes eval.json.
 
     Raises:
         RunError: as `load_run`, or eval.json cannot be written.
@@ -142,7 +147,8 @@ def _check_sizes(name: str, stage: Any, images: int, accumulate: int) -> None:
         raise ValueError(f"{name}.batch_size must be in [1, {images}], got {stage.batch_size}")
     if stage.batch_size % accumulate:
         raise ValueError(
-            f"{name}.batch_size must be a multiple of engine.accumulate, got {stage.batch_size} and {accumulate}"
+            f"{name}.batch_size must be a multiple of engine.accumulate, "
+            f"got {stage.batch_size} and {accumulate}"
         )
 
 

@@ -17,7 +17,7 @@ Nets = Mapping[str, Callable[..., Any]]
 
 
 class PhaseLoss(NamedTuple):
-    """The scalar to minimise, and what to average over the logging interval (tensors of any fixed shape)."""
+    """The scalar to minimise, and tensors of fixed shape to average over the logging interval."""
 
     loss: Tensor
     logs: dict[str, Tensor]
@@ -26,7 +26,7 @@ class PhaseLoss(NamedTuple):
 class Stage(ABC):
     """One optimisation: which weights move, by which losses, and what to report.
 
-    A step runs every phase once: one phase for an autoencoder, two (discriminator, generator) for a GAN.
+    A step runs every phase once: one for an autoencoder, discriminator and generator for a GAN.
 
     Attributes:
         name: in logs and file names.
@@ -52,7 +52,7 @@ class Stage(ABC):
 
     @abstractmethod
     def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
-        """The loss of a phase; `nets` are `modules` as the engine wrapped them (DDP, autocast, compile)."""
+        """The loss of a phase; `nets`: `modules` as wrapped for DDP, autocast and compile."""
 
     @abstractmethod
     def summarise(self, logs: dict[str, Tensor]) -> dict[str, float]:
@@ -60,7 +60,7 @@ class Stage(ABC):
 
     @abstractmethod
     def validate(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Numbers on the validation split; `modules` in eval mode, with averaged weights where there are any."""
+        """Numbers on the validation split; `modules` are in eval mode, averaged where they are."""
 
     @abstractmethod
     def draw(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

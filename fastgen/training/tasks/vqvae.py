@@ -1,7 +1,8 @@
 """VQ-VAE in two stages: the autoencoder, then an autoregressive prior on its frozen codes.
 
-van den Oord et al., 2017 (arXiv 1711.00937): the first stage minimises eq. 3 with the reconstruction error in
-units of the data's variance, the second the negative log likelihood of the codes (section 3.3).
+van den Oord et al., 2017 (arXiv 1711.00937): the first stage minimises eq. 3 with the
+reconstruction error in units of the data's variance, the second the negative log likelihood of the
+codes (section 3.3).
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class ModelConfig:
         revive_after: steps without use after which a code is moved onto an input; null for never.
     """
 
-    num_codes: int = 128
-    code_dim: int = 16
+    num_codes: int = 64
+    code_dim: int = 8
     channels: int = 64
     residual_blocks: int = 2
     downsamplings: int = 1
@@ -70,10 +71,10 @@ class PriorConfig:
         conditional: condition on the labels, where the data set has them.
     """
 
-    width: int = 96
-    layers: int = 3
+    width: int = 64
+    layers: int = 2
     heads: int = 4
-    dropout: float = 0.2
+    dropout: float = 0.1
     conditional: bool = True
 
 
@@ -97,12 +98,12 @@ class VQVAEConfig:
     prior_model: PriorConfig = field(default_factory=PriorConfig)
     autoencoder: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=1500, batch_size=128, optimizer=OptimizerConfig(lr=1e-3)
+            steps=1000, batch_size=128, optimizer=OptimizerConfig(lr=1e-3)
         )
     )
     prior: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=1500, batch_size=128, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1)
+            steps=1200, batch_size=128, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1)
         )
     )
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -270,7 +271,7 @@ def encode_all(model: VQVAE, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_measures(model: VQVAE, split: ImageSplit, variance: float) -> dict[str, float]:
-    """Mean squared error, absolute and relative to the data's variance, and the use of the codebook."""
+    """Mean squared error, also relative to the data's variance, and the use of the codebook."""
     device = next(model.parameters()).device
     error, histogram = 0.0, torch.zeros(model.num_codes)
     for images in split.images.split(_EVAL_BATCH):
