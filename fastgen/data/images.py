@@ -174,7 +174,7 @@ def _read_idx(path: Path) -> np.ndarray:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
@@ -218,10 +218,10 @@ def _to_unit_nchw(array: np.ndarray, source: object) -> Tensor:
             f"{source}: expected images (N, H, W), (N, H, W, C) or (N, C, H, W), not {array.shape}"
         )
     if array.dtype == np.uint8:
-        return torch.from_numpy(np.ascontiguousarray(array)).float().div_(255)
+        return torch.from_numpy(array.astype(np.float32, order="C")).div_(255)
     if array.dtype.kind != "f" or (array.size and not (array.min() >= 0 and array.max() <= 1)):
         raise DataError(f"{source}: expected uint8 images, or floats in [0, 1], not {array.dtype}")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return torch.from_numpy(array.astype(np.float32, order="C"))
 
 
 def _split_by_permutation(name: str, images: Tensor, labels: Tensor | None) -> ImageDataset:

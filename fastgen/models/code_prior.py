@@ -154,6 +154,11 @@ class CodePrior(nn.Module):
             raise ValueError(f"temperature must be positive, got {temperature}")
         if labels is not None and labels.shape != (num,):
             raise ValueError(f"labels must be ({num},), got {tuple(labels.shape)}")
+        classes = self.num_classes
+        if labels is not None and classes and not ((labels >= 0) & (labels < classes)).all():
+            raise ValueError(
+                f"labels must be in [0, {classes}), got {sorted(set(labels.tolist()))}"
+            )
         device = self.position.device
         if labels is None and self.num_classes is not None:
             labels = torch.randint(self.num_classes, (num,), generator=generator, device=device)

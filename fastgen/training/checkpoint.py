@@ -164,7 +164,8 @@ def _write(folder: Path, section: str, tree: Any) -> list[str]:
 
 
 def _read(folder: Path, section: str) -> Any:
-    tensors = load_file(folder / f"{section}.safetensors")
+    mapped = load_file(folder / f"{section}.safetensors")
+    tensors = {name: value.clone() for name, value in mapped.items()}  # free of the file's fate
     return _decode(json.loads((folder / f"{section}.json").read_bytes()), tensors)
 
 

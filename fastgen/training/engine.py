@@ -219,7 +219,7 @@ class Engine:
                 else "there is no checkpoint yet"
             )
             raise NonFiniteLossError(
-                f"the loss became NaN or infinite at step {min(bad)}; {last}; lower the learning rate"
+                f"the loss is NaN or infinite at step {min(bad)}; {last}; lower the learning rate"
             )
 
     def _write_interval(self, stage: Stage, bar: tqdm) -> None:

@@ -43,7 +43,8 @@ class RunFolder:
                     f"{path} exists; continue it with --resume {path}, or give another --run-dir"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+            temporary = path.with_name(f".tmp-{path.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             try:
                 run = cls(temporary)
@@ -98,6 +99,7 @@ class RunFolder:
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.unlock()
             raise RunError(
                 f"{self.path} is being trained by another process; wait or stop it"
             ) from None
