@@ -104,7 +104,7 @@ def _instantiate(parser: ArgumentParser, recipe: str, parsed: Namespace) -> Any:
     try:
         built = parser.instantiate(parsed)
         return find_recipe(recipe).config(**{name: built[name] for name in names})
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RunError(_one_line(error)) from error
 
 

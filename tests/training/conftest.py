@@ -41,7 +41,7 @@ def config() -> VQVAEConfig:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is complete; read only."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return start_run("vqvae", tiny_config(), tmp_path_factory.mktemp("runs") / "finished").path
 
 

@@ -1,6 +1,7 @@
 """Killed at any moment and resumed, a run ends bit for bit where it would have ended anyway."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def metrics_without_timings(run: Path) -> list[dict]:
 def die_and_compare(folder: Path, config, points: list[int], delays: list[float]) -> None:
     wanted = {"config": config_to_dict("vqvae", config), "points": points, "delays": delays}
     command = [sys.executable, str(DRIVER), str(folder), json.dumps(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     assert done.returncode == 0, done.stderr
     report = json.loads((folder / "deaths.json").read_text())
     assert report["ends"] == {"whole": 0, "killed": 0}, done.stderr
@@ -61,7 +63,7 @@ def die_and_compare(folder: Path, config, points: list[int], delays: list[float]
 
 
 def test_killed_while_it_writes_and_while_it_trains(tmp_path, config):
-    die_and_compare(tmp_path, config, points=[3, 9, 16, 22, 27, 31, 38, 45], delays=[0.01, 0.1])
+    die_and_compare(tmp_path, config, points=[3, 9, 16, 27, 38, 45], delays=[0.01, 0.1])
 
 
 @pytest.mark.slow
