@@ -87,7 +87,7 @@ def _print_timing(run: Path, data_root: str | None) -> None:
     images = stage.train_tensors()["images"][: stage.config.batch_size].to(device)
     (optimizer,) = stage.optimizers().values()
     with torch.no_grad():
-        embedded = model.encoder(2 * images - 1).movedim(1, -1).contiguous()
+        embedded = model.encoder(2 * images - 1)
     embedded.requires_grad_()
 
     def training_step() -> None:
@@ -103,14 +103,15 @@ def _print_timing(run: Path, data_root: str | None) -> None:
         _wait(device)
 
     rows = {"training step": training_step, "quantizer alone": quantizer_step}
-    vectors = embedded.shape[:-1].numel()
+    dim = embedded.shape[1]
+    vectors = embedded.numel() // dim
     print(f"median of {_TIMED_STEPS} steps in turn, batch {len(images)}, {device}")
     print(f"{'':18}{'fused ops':>12}{'reference':>12}{'ratio':>8}")
     for name, step in rows.items():
         fused, reference = _interleaved(step)
         line = f"{name:18}{fused:9.2f} ms{reference:9.2f} ms{reference / fused:8.2f}"
         print(line)
-    print(f"(quantizer: {vectors} vectors of {embedded.shape[-1]}, {model.num_codes} codes)")
+    print(f"(quantizer: {vectors} vectors of {dim}, {model.num_codes} codes)")
 
 
 def _interleaved(step: Callable[[], None]) -> tuple[float, float]:

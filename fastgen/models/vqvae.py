@@ -89,7 +89,7 @@ class VQVAE(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels, code_dim, 1),
         )
-        self.quantizer = VectorQuantizer(num_codes, code_dim, **quantizer)
+        self.quantizer = VectorQuantizer(num_codes, code_dim, channel_first=True, **quantizer)
         doublings = [
             nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
             for _ in range(downsamplings)
@@ -118,10 +118,10 @@ class VQVAE(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"images must be (B, *{self.image_shape}), got {tuple(images.shape)}")
-        return self.encoder(2 * images - 1).movedim(1, -1)
+        return self.encoder(2 * images - 1)
 
     def _reconstruct(self, quantized: Tensor) -> Tensor:
-        return (self.decoder(quantized.movedim(-1, 1)) + 1) / 2
+        return (self.decoder(quantized) + 1) / 2
 
     @torch.no_grad()
     def interpolate(self, first: Tensor, second: Tensor, steps: int) -> Tensor:

@@ -120,6 +120,7 @@ _LARGE: dict[str, Any] = {
     "prior.steps": 20_000,
 }
 PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"model.decay": 0.95, "model.revive_after": 20},
     "mnist": _LARGE,
     "fashion-mnist": _LARGE,
     "binarized-mnist": _LARGE,
