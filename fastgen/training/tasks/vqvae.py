@@ -98,12 +98,12 @@ class VQVAEConfig:
     prior_model: PriorConfig = field(default_factory=PriorConfig)
     autoencoder: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=1000, batch_size=128, optimizer=OptimizerConfig(lr=1e-3)
+            steps=800, batch_size=128, optimizer=OptimizerConfig(lr=1e-3)
         )
     )
     prior: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=1200, batch_size=128, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1)
+            steps=800, batch_size=128, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1)
         )
     )
     engine: EngineConfig = field(default_factory=EngineConfig)
