@@ -1,31 +1,28 @@
 """The training engine: what every task has in common.
 
-One step of the run counter is one optimiser step of every phase of the current stage; stages follow
-each other in one count. After a step come, in this order, its log line, validation, samples, and
-last the checkpoint, which therefore covers all of them.
+Stages follow each other in one count of steps. After a step come, in this order, its log line,
+validation, samples, and last the checkpoint, which therefore covers all of them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from fastgen.data import BatchLoader
 from fastgen.training import checkpoint as ckpt
 from fastgen.training.config import EngineConfig
 from fastgen.training.errors import CheckpointError, NonFiniteLossError, RunError
 from fastgen.training.rng import get_rng_state, seed_all, set_rng_state
 from fastgen.training.run_folder import MetricsLog, RunFolder
-from fastgen.training.tasks.base import Batch, Stage, Task
+from fastgen.training.stage_run import StageRun
+from fastgen.training.tasks.base import Stage, Task
 
 
 def make_accelerator(config: EngineConfig) -> Accelerator:
@@ -50,6 +47,7 @@ class Engine:
         self.accelerator = accelerator
         self.step = 0
         self._clock = 0.0
+        self._log: MetricsLog | None = None
         for module in task.modules.values():
             module.to(accelerator.device)
 
@@ -61,23 +59,18 @@ class Engine:
             CheckpointError: no sound checkpoint although there are some, or one cannot be written.
             RunError: the run folder is in use or cannot be written.
         """
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if main:
             self.run.lock()
         try:
             seed_all(self.config.seed + self.accelerator.process_index)
             restored = self._restore() if resume else None
             position = restored["progress"]["metrics_bytes"] if restored else 0
-            self._log = (
-                MetricsLog(self.run, position, self.step)
-                if self.accelerator.is_main_process
-                else None
-            )
-            try:
-                self._run_stages(restored)
-            finally:
-                if self._log is not None:
-                    self._log.close()
+            self._log = MetricsLog(self.run, position, self.step) if main else None
+            self._run_stages(restored)
         finally:
+            if self._log is not None:
+                self._log.close()
             self.run.unlock()
 
     def _run_stages(self, restored: dict[str, Any] | None) -> None:
@@ -85,212 +78,113 @@ class Engine:
         for stage in self.task.stages:
             last = first + stage.config.steps
             if self.step < last:
-                self._run_stage(stage, first, last, restored if self.step > first else None)
+                self._run_stage(stage, last, restored if self.step > first else None)
             first = last
 
-    def _run_stage(
-        self, stage: Stage, first: int, last: int, restored: dict[str, Any] | None
-    ) -> None:
-        self._begin(stage, first)
+    def _run_stage(self, stage: Stage, last: int, restored: dict[str, Any] | None) -> None:
+        for module in self.task.modules.values():
+            module.eval()
+        current = StageRun(stage, self.config, self.accelerator)
         if restored is None:
-            self._validate(stage)
+            self._validate(current)
         else:
-            self._restore_stage(restored)
+            current.load_state_dict(restored)
         bar = tqdm(
             total=stage.config.steps,
-            initial=self.step - first,
+            initial=current.steps_done,
             desc=stage.name,
             unit="step",
             disable=None if self.accelerator.is_main_process else True,
         )
         with bar:
+            for module in stage.modules.values():
+                module.train()
             self._clock = time.perf_counter()
             while self.step < last:
-                self._train_step(stage)
+                current.step()
+                self.step += 1
                 bar.update()
-                self._after_step(stage, bar, last)
+                self._after_step(current, bar, ends=self.step == last)
 
-    def _begin(self, stage: Stage, first: int) -> None:
-        accelerator = self.accelerator
-        for module in self.task.modules.values():
-            module.eval()
-        self._first = first
-        self._loader = BatchLoader(
-            stage.train_tensors(),
-            stage.config.batch_size,
-            seed=self.config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            device=accelerator.device,
-        )
-        self._averages = {}
-        if self.config.ema_decay is not None:
-            average = get_ema_multi_avg_fn(self.config.ema_decay)
-            for name, module in stage.modules.items():
-                self._averages[name] = AveragedModel(module, multi_avg_fn=average)
-        self._optimizers = stage.optimizers()
-        self._steppers = {name: accelerator.prepare(opt) for name, opt in self._optimizers.items()}
-        self._wrapped = {
-            name: accelerator.prepare(module) for name, module in stage.modules.items()
-        }
-        self._nets = {
-            name: torch.compile(net) if self.config.compile else net
-            for name, net in self._wrapped.items()
-        }
-        self._interval: dict[str, Tensor] = {}
-        self._interval_steps = 0
-        self._bad_step = torch.tensor(-1, device=accelerator.device)
-
-    def _train_step(self, stage: Stage) -> None:
-        for module in stage.modules.values():
-            module.train()
-        batch = self._loader.next_batch()
-        logs: dict[str, Tensor] = {}
-        for phase, stepper in self._steppers.items():
-            for group in self._optimizers[phase].param_groups:
-                group["lr"] = stage.lr(self.step - self._first)
-            self._phase(stage, phase, stepper, batch, logs)
-        self.step += 1
-        for name, module in stage.modules.items():
-            module.eval()
-            if name in self._averages:
-                self._averages[name].update_parameters(module)
-        for name, value in logs.items():
-            self._interval[name] = self._interval[name] + value if name in self._interval else value
-        self._interval_steps += 1
-
-    def _phase(
-        self, stage: Stage, phase: str, stepper: Optimizer, batch: Batch, logs: dict[str, Tensor]
-    ) -> None:
-        parts = self._cut(batch)
-        for i, part in enumerate(parts):
-            with ExitStack() as stack:
-                if i < len(parts) - 1:
-                    for net in self._wrapped.values():
-                        stack.enter_context(self.accelerator.no_sync(net))
-                loss, values = stage.loss(phase, self._nets, part)
-                self.accelerator.backward(loss / len(parts))
-            failed = (self._bad_step < 0) & ~loss.detach().isfinite()
-            self._bad_step = torch.where(failed, self.step + 1, self._bad_step)
-            for name, value in values.items():
-                share = value.detach().float() / len(parts)
-                logs[name] = logs[name] + share if name in logs else share
-        if self.config.max_grad_norm is not None:
-            parameters = [
-                p for group in self._optimizers[phase].param_groups for p in group["params"]
-            ]
-            self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        stepper.step()
-        stepper.zero_grad()
-
-    def _cut(self, batch: Batch) -> list[Batch]:
-        count = self.config.accumulate
-        if count == 1:
-            return [batch]
-        pieces = {key: value.chunk(count) for key, value in batch.items()}
-        return [{key: value[i] for key, value in pieces.items()} for i in range(count)]
-
-    def _after_step(self, stage: Stage, bar: tqdm, last: int) -> None:
-        config, ends = self.config, self.step == last
-
+    def _after_step(self, current: StageRun, bar: tqdm, *, ends: bool) -> None:
         def due(every: int) -> bool:
             return ends or self.step % every == 0
 
+        config = self.config
         if due(config.log_every) or due(config.checkpoint_every):
-            self._check_finite()
+            self._check_finite(current)
         if due(config.log_every):
-            self._write_interval(stage, bar)
+            self._write_means(current, bar)
         if ends:
-            self._adopt_averages(stage)
+            current.adopt_averages()
         if due(config.valid_every):
-            self._validate(stage)
+            self._validate(current)
         if due(config.sample_every):
-            self._draw(stage)
+            self._draw(current)
         if due(config.checkpoint_every):
-            self._save(stage)
+            self._save(current)
 
-    def _check_finite(self) -> None:
-        bad = [int(step) for step in self.accelerator.gather(self._bad_step[None]) if step >= 0]
-        if bad:
-            saved = ckpt.list_checkpoints(self.run.checkpoints)
-            last = (
-                f"the last good checkpoint is {saved[-1]}"
-                if saved
-                else "there is no checkpoint yet"
-            )
-            raise NonFiniteLossError(
-                f"the loss is NaN or infinite at step {min(bad)}; {last}; lower the learning rate"
-            )
+    def _check_finite(self, current: StageRun) -> None:
+        bad = current.first_bad_step()
+        if bad is None:
+            return
+        step = self.step - current.steps_done + bad
+        saved = ckpt.list_checkpoints(self.run.checkpoints)
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise NonFiniteLossError(
+            f"the loss is NaN or infinite at step {step}; {last}; lower the learning rate"
+        )
 
-    def _write_interval(self, stage: Stage, bar: tqdm) -> None:
-        means = {name: value / self._interval_steps for name, value in self._interval.items()}
-        means = {name: self.accelerator.reduce(value, "mean") for name, value in means.items()}
+    def _write_means(self, current: StageRun, bar: tqdm) -> None:
+        means, steps = current.take_means()
         now = time.perf_counter()
         if self._log is not None:
-            values = stage.summarise(means)
+            values = current.stage.summarise(means)
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-            speed = {"steps_per_second": self._interval_steps / (now - self._clock)}
-            self._log.write(self.step, stage.name, "train", values | speed)
-        self._interval, self._interval_steps, self._clock = {}, 0, now
+            speed = {"steps_per_second": steps / (now - self._clock)}
+            self._log.write(self.step, current.stage.name, "train", values | speed)
+        self._clock = now
 
     @contextmanager
-    def _evaluating(self, stage: Stage) -> Iterator[dict[str, nn.Module]]:
-        modules = dict(self.task.modules) | {n: a.module for n, a in self._averages.items()}
+    def _evaluating(self, current: StageRun) -> Iterator[dict[str, nn.Module]]:
+        """All modules in eval mode, averaged where averages are kept; the clock stands still."""
+        started = time.perf_counter()
+        modules = self.task.modules | current.best_modules()
         for module in modules.values():
             module.eval()
-        started = time.perf_counter()
         with torch.no_grad():
             yield modules
+        for module in current.stage.modules.values():
+            module.train()
         self._clock += time.perf_counter() - started
 
-    def _validate(self, stage: Stage) -> None:
+    def _validate(self, current: StageRun) -> None:
         if self._log is None:
             return
-        with self._evaluating(stage) as modules:
-            values = stage.validate(modules)
-        self._log.write(self.step, stage.name, "valid", values)
+        with self._evaluating(current) as modules:
+            values = current.stage.validate(modules)
+        self._log.write(self.step, current.stage.name, "valid", values)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        tqdm.write(f"step {self.step:>6}  {stage.name}  valid: {shown}")
+        tqdm.write(f"step {self.step:>6}  {current.stage.name}  valid: {shown}")
 
-    def _draw(self, stage: Stage) -> None:
+    def _draw(self, current: StageRun) -> None:
         if self._log is None:
             return
-        with self._evaluating(stage) as modules:
-            for name, images in stage.draw(modules).items():
+        with self._evaluating(current) as modules:
+            for name, images in current.stage.draw(modules).items():
                 self.run.write_samples(f"step-{self.step:08d}-{name}", images)
-                self._log.draw(self.step, stage.name, name, images)
+                self._log.draw(self.step, current.stage.name, name, images)
 
-    def _adopt_averages(self, stage: Stage) -> None:
-        """The averaged weights are the stage's result: later stages build on them."""
-        for name, average in self._averages.items():
-            stage.modules[name].load_state_dict(average.module.state_dict())
-        self._averages = {}
-
-    def _save(self, stage: Stage) -> None:
-        rng = get_rng_state(self.accelerator.device)
+    def _save(self, current: StageRun) -> None:
         rng = {
-            name: self.accelerator.gather(value.to(self.accelerator.device)[None])
-            for name, value in rng.items()
+            name: self.accelerator.gather(state.to(self.accelerator.device)[None])
+            for name, state in get_rng_state(self.accelerator.device).items()
         }
         if self._log is None:
             return
-        scaler = self.accelerator.scaler
-        sections = {
-            "model": {name: module.state_dict() for name, module in self.task.modules.items()},
-            "averages": {name: average.state_dict() for name, average in self._averages.items()},
-            "optimizers": {
-                name: optimizer.state_dict() for name, optimizer in self._optimizers.items()
-            },
-            "rng": rng,
-            "progress": {
-                "stage": stage.name,
-                "loader": self._loader.state_dict(),
-                "interval": self._interval,
-                "interval_steps": self._interval_steps,
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "metrics_bytes": self._log.sync(),
-            },
-        }
+        model = {name: module.state_dict() for name, module in self.task.modules.items()}
+        sections = {"model": model, "rng": rng} | current.state_dict()
+        sections["progress"]["metrics_bytes"] = self._log.sync()
         ckpt.save_checkpoint(self.run.checkpoints, self.step, sections)
         ckpt.prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints)
 
@@ -318,22 +212,8 @@ class Engine:
             tqdm.write(f"warning: the checkpoint is of {written_by} processes: new random states")
             seed_all(self.config.seed + self.step * self.accelerator.num_processes + rank)
             return
-        set_rng_state(
-            {name: value[rank] for name, value in states.items()}, self.accelerator.device
-        )
-
-    def _restore_stage(self, sections: dict[str, Any]) -> None:
-        progress = sections["progress"]
-        for name, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(sections["optimizers"][name])
-        for name, average in self._averages.items():
-            average.load_state_dict(sections["averages"][name])
-        self._loader.load_state_dict(progress["loader"])
-        device = self.accelerator.device
-        self._interval = {name: value.to(device) for name, value in progress["interval"].items()}
-        self._interval_steps = progress["interval_steps"]
-        if self.accelerator.scaler is not None and progress["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        own = {name: state[rank].cpu() for name, state in states.items()}
+        set_rng_state(own, self.accelerator.device)
 
 
 def load_weights(task: Task, sections: dict[str, Any], *, averaged: bool = False) -> None:
@@ -346,12 +226,9 @@ def load_weights(task: Task, sections: dict[str, Any], *, averaged: bool = False
         for name, module in task.modules.items():
             module.load_state_dict(sections["model"][name])
         for name, state in sections["averages"].items() if averaged else ():
-            state = {
-                key.removeprefix("module."): value
-                for key, value in state.items()
-                if key != "n_averaged"
-            }
-            task.modules[name].load_state_dict(state)
+            own = {key.removeprefix("module."): value for key, value in state.items()}
+            del own["n_averaged"]
+            task.modules[name].load_state_dict(own)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

@@ -20,8 +20,8 @@ from pathlib import Path
 import sklearn.datasets  # noqa: F401
 
 from fastgen.training import runs
-from fastgen.training.engine import Engine
 from fastgen.training.options import config_from_dict
+from fastgen.training.stage_run import StageRun
 
 _CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
@@ -48,16 +48,16 @@ def die_at_call(point: int) -> None:
 
 
 def die_after(delay: float) -> None:
-    step = Engine._train_step
+    step = StageRun.step
 
-    def timed(self, stage):
+    def timed(self):
         if not timers:
             timers.append(threading.Timer(delay, die))
             timers[0].start()
-        step(self, stage)
+        step(self)
 
     timers: list[threading.Timer] = []
-    Engine._train_step = timed
+    StageRun.step = timed
 
 
 def train(folder: Path, config: dict) -> None:

@@ -13,6 +13,7 @@ from fastgen.training.engine import Engine, load_weights, make_accelerator
 from fastgen.training.errors import CheckpointError, NonFiniteLossError, RunError
 from fastgen.training.rng import get_rng_state, seed_all, set_rng_state
 from fastgen.training.run_folder import RunFolder
+from fastgen.training.stage_run import StageRun
 from fastgen.training.tasks.base import PhaseLoss, Stage, Task
 
 
@@ -128,16 +129,16 @@ def test_clipping_bounds_the_update(tmp_path):
     assert (clipped.task.modules["first"].weight - before).abs().max() < 1e-2
 
 
-def test_averaged_weights_are_the_result(tmp_path):
+def test_averaged_weights_are_the_result(tmp_path, monkeypatch):
     engine = build(tmp_path, ema_decay=0.9)
     history = []
-    step = engine._train_step
+    step = StageRun.step
 
-    def recorded(stage):
-        step(stage)
-        history.append(stage.modules["first"].weight.detach().clone())
+    def recorded(run):
+        step(run)
+        history.append(run.stage.modules["first"].weight.detach().clone())
 
-    engine._train_step = recorded
+    monkeypatch.setattr(StageRun, "step", recorded)
     engine.train()
     expected = history[0]
     for weight in history[1:]:
