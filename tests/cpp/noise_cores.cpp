@@ -36,8 +36,8 @@ py::tuple transform(py::array_t<std::uint32_t> radius, py::array_t<std::uint32_t
   return py::make_tuple(even, odd);
 }
 
-// Over the radius words [first, last): the largest error in units in the last place against float64, the smallest and
-// the largest radius, and the largest increase of the radius from a word to the next.
+// Over the radius words [first, last): the largest error in units in the last place against float64, the smallest
+// and the largest radius, and the largest increase of the radius from a word to the next.
 py::tuple sweep_radius(std::uint64_t first, std::uint64_t last) {
   py::gil_scoped_release release;
   double error = 0;
