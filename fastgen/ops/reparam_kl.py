@@ -104,7 +104,10 @@ class _ReparamKL(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple:
-        grad_mu, grad_logvar, grad_noise = _ReparamKLBackward.apply(
+        # Only second order needs to record; a Function costs more than the kernel on small tensors.
+        bwd = torch.ops.fastgen.reparam_kl_bwd
+        backward = _ReparamKLBackward.apply if torch.is_grad_enabled() else bwd
+        grad_mu, grad_logvar, grad_noise = backward(
             grad_z, grad_kl, *ctx.saved_tensors, ctx.noise_grad
         )
         return grad_mu, grad_logvar, grad_noise if ctx.noise_grad else None, None, None
