@@ -8,21 +8,9 @@
 // compared in float64. Cosine is the same search over codes of length one, without |e|^2.
 
 #include "vq.h"
+#include "vq_packing.h"
 
 namespace fastgen {
-
-// One head's codebook, ready to be scored.
-template <class T>
-struct PackedCodes {
-  const T* codes;        // K x D, as given
-  const double* square;  // K, |e|^2
-  const T* panels;       // per panel D x width
-  const T* start;        // per panel width: the score before any product; infinite for codes that take no part
-  const T* mean;         // D, what is subtracted from rows
-  std::int64_t count, size, panel_count;
-  double reach;  // the largest centred |e| of the codes that take part
-  bool cosine;
-};
 
 // One block of rows to search, and the memory to do it in.
 template <class T>
@@ -31,11 +19,11 @@ struct SearchBlock {
   std::int64_t count;
   std::int64_t* indices;
   T* distance;         // may be null
-  T *centred, *tile;   // kBlockRows x D, kMaxTileRows x D
+  T *centred, *tile;   // block_rows x D, kMaxTileRows x D
   double* wide;        // D x panel width
-  T* lanes;            // kBlockRows x 3 vectors
-  T* norms;            // kBlockRows
-  std::int64_t* open;  // kBlockRows
+  T* lanes;            // block_rows x 3 vectors
+  T* norms;            // block_rows
+  std::int64_t* open;  // block_rows
 };
 
 template <class S>
@@ -47,10 +35,6 @@ struct ReadRows {
 };
 
 constexpr int kMaxTileRows = 12;
-
-// Lengths from this to its inverse have products and squares of products in the range of float64; all lengths of
-// float32 vectors are among them.
-constexpr double kSafeLength = 1e-60;
 
 }  // namespace fastgen
 
@@ -158,158 +142,20 @@ void check_codebook(const Tensor& x, const Tensor& codebook, const char* op) {
 
 namespace {
 
-// Codes that can never be the answer: those equal to an earlier one, or not finite. Leaving them out keeps
-// collapsed codebooks as fast as others.
-template <class T>
-std::vector<bool> left_out(const T* codes, const std::vector<std::uint64_t>& hashes, std::int64_t size) {
-  const std::int64_t count = static_cast<std::int64_t>(hashes.size());
-  std::vector<bool> out(count);
-  std::int64_t slots = 16;
-  while (slots < 2 * count) slots *= 2;
-  std::vector<std::int64_t> table(slots, -1);
-  for (std::int64_t k = 0; k < count; ++k) {
-    const T* code = codes + k * size;
-    out[k] = !std::all_of(code, code + size, [](T e) { return std::isfinite(e); });
-    std::int64_t slot = static_cast<std::int64_t>(hashes[k] >> 20) & (slots - 1);
-    for (; table[slot] >= 0 && !out[k]; slot = (slot + 1) & (slots - 1)) {
-      out[k] = std::equal(code, code + size, codes + table[slot] * size);
-    }
-    if (!out[k]) table[slot] = k;
-  }
-  return out;
-}
-
-template <class T>
-std::uint64_t hash_code(const T* code, std::int64_t size) {
-  std::uint64_t hash = 0;
-  for (std::int64_t j = 0; j < size; ++j) {
-    // Adding zero turns -0 into 0, which it equals.
-    const T value = code[j] + T(0);
-    std::uint64_t bits = 0;
-    std::memcpy(&bits, &value, sizeof(T));
-    hash = (hash ^ bits) * 0x9E3779B97F4A7C15u;
-    hash ^= hash >> 32;
-  }
-  return hash;
-}
-
-// Owns what PackedCodes points to.
-template <class T>
-class Packing {
- public:
-  Packing(const T* codes, std::int64_t count, std::int64_t size, bool cosine)
-      : width_(FASTGEN_DISPATCH_ISA(panel_width<T>)), square_(count), hashes_(count), mean_(size), packed_{} {
-    packed_.codes = codes;
-    packed_.count = count;
-    packed_.size = size;
-    packed_.cosine = cosine;
-    packed_.panel_count = (count + width_ - 1) / width_;
-    measure();
-    const std::vector<bool> out = left_out(codes, hashes_, size);
-    const std::vector<double> mean = mean_code(out);
-    panels_.resize(packed_.panel_count * width_ * size);
-    start_.resize(packed_.panel_count * width_, std::numeric_limits<T>::infinity());
-    std::vector<double> reach(packed_.panel_count);
-    torch::stable::parallel_for(0, packed_.panel_count, grain(width_), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t p = begin; p < end; ++p) reach[p] = pack(p, out, mean);
-    });
-    // Cosine: rows stay as they are, since shifting the codes adds the same to all scores of a row.
-    if (!cosine) std::copy(mean.begin(), mean.end(), mean_.begin());
-    packed_.square = square_.data();
-    packed_.panels = panels_.data();
-    packed_.start = start_.data();
-    packed_.mean = mean_.data();
-    packed_.reach = *std::max_element(reach.begin(), reach.end());
-  }
-  Packing(const Packing&) = delete;
-
-  const PackedCodes<T>& codes() const { return packed_; }
-
- private:
-  std::int64_t grain(std::int64_t codes) const {
-    return std::max<std::int64_t>(1, 32768 / std::max<std::int64_t>(1, codes * packed_.size));
-  }
-
-  void measure() {
-    torch::stable::parallel_for(0, packed_.count, grain(1), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t k = begin; k < end; ++k) {
-        double sum = 0;
-        for (std::int64_t j = 0; j < packed_.size; ++j) {
-          const double e = static_cast<double>(packed_.codes[k * packed_.size + j]);
-          sum += e * e;
-        }
-        square_[k] = sum;
-        hashes_[k] = hash_code(packed_.codes + k * packed_.size, packed_.size);
-      }
-    });
-  }
-
-  // Whether float64 keys neither overflow nor underflow; where they may, rows are compared by their keys.
-  bool safe(double square) const {
-    constexpr double kLeast = kSafeLength * kSafeLength;
-    return square < 1 / kLeast && (square > kLeast || square == 0 || !packed_.cosine);
-  }
-
-  // The factor that makes a code one of length one, for cosine.
-  double unit(std::int64_t k) const { return square_[k] == 0 ? 0 : 1 / std::sqrt(square_[k]); }
-
-  std::vector<double> mean_code(const std::vector<bool>& out) const {
-    std::vector<double> mean(packed_.size);
-    std::int64_t used = 0;
-    for (std::int64_t k = 0; k < packed_.count; ++k) {
-      if (out[k]) continue;
-      ++used;
-      const double scale = packed_.cosine ? unit(k) : 1;
-      const T* code = packed_.codes + k * packed_.size;
-      for (std::int64_t j = 0; j < packed_.size; ++j) mean[j] += scale * static_cast<double>(code[j]);
-    }
-    for (double& m : mean)
-      m = static_cast<double>(static_cast<T>(m / static_cast<double>(std::max<std::int64_t>(1, used))));
-    return mean;
-  }
-
-  // Fills panel p and returns its reach.
-  double pack(std::int64_t p, const std::vector<bool>& out, const std::vector<double>& mean) {
-    double reach = 0;
-    T* panel = panels_.data() + p * width_ * packed_.size;
-    for (std::int64_t lane = 0; lane < width_; ++lane) {
-      const std::int64_t k = p * width_ + lane;
-      if (k >= packed_.count || out[k]) continue;
-      const T* code = packed_.codes + k * packed_.size;
-      const double scale = packed_.cosine ? unit(k) : 1;
-      double sum = 0;
-      for (std::int64_t j = 0; j < packed_.size; ++j) {
-        const T centred = static_cast<T>(scale * static_cast<double>(code[j]) - mean[j]);
-        panel[j * width_ + lane] = packed_.cosine ? -centred : T(-2) * centred;
-        sum += static_cast<double>(centred) * static_cast<double>(centred);
-      }
-      start_[k] = packed_.cosine ? T(0) : static_cast<T>(sum);
-      reach = safe(square_[k]) ? std::max(reach, std::sqrt(sum)) : std::numeric_limits<double>::infinity();
-    }
-    return reach;
-  }
-
-  std::int64_t width_;
-  std::vector<double> square_;
-  std::vector<std::uint64_t> hashes_;
-  std::vector<T> mean_, panels_, start_;
-  PackedCodes<T> packed_;
-};
-
 template <class T>
 struct SearchMemory {
   std::vector<T> rows, centred, tile, lanes, norms;
   std::vector<double> wide;
   std::vector<std::int64_t> open;
 
-  SearchMemory(std::int64_t size, std::int64_t width)
-      : rows(kBlockRows * size),
-        centred(kBlockRows * size),
+  SearchMemory(std::int64_t rows_count, std::int64_t size, std::int64_t width)
+      : rows(rows_count * size),
+        centred(rows_count * size),
         tile(kMaxTileRows * size),
-        lanes(kBlockRows * 3 * width),
-        norms(kBlockRows),
+        lanes(rows_count * 3 * width),
+        norms(rows_count),
         wide(size * width),
-        open(kBlockRows) {}
+        open(rows_count) {}
 };
 
 template <class T>
@@ -318,7 +164,7 @@ void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes
   const std::int64_t step = block_rows(x.rows), blocks = (x.rows + step - 1) / step;
   const std::int64_t width = FASTGEN_DISPATCH_ISA(panel_width<T>);
   torch::stable::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-    SearchMemory<T> memory(x.size, width);
+    SearchMemory<T> memory(step, x.size, width);
     for (std::int64_t b = begin; b < end; ++b) {
       const std::int64_t first = b * step, count = std::min(step, x.rows - first), row = head * x.rows + first;
       const T* rows = memory.rows.data();
@@ -349,7 +195,8 @@ void vq_search(const Tokens& x, const Codebook<T>& codebook, bool cosine, std::i
                const std::function<void(const FoundRows<T>&, std::int64_t)>& visit) {
   if (x.rows == 0) return;
   for (std::int64_t h = 0; h < x.heads; ++h) {
-    const Packing<T> packing(codebook.head(h), codebook.count, codebook.size, cosine);
+    const Packing<T> packing(codebook.head(h), codebook.count, codebook.size, FASTGEN_DISPATCH_ISA(panel_width<T>),
+                             cosine);
     search_head(x, h, packing.codes(), indices, distance, visit);
   }
 }

@@ -35,8 +35,8 @@ __all__ = ["vq_nearest"]
 
 METRICS = ("euclidean", "cosine")
 
-#: Most keys the reference holds at once.
-CHUNK = 1 << 20
+#: Most keys the reference holds at once: on a CPU few enough for L2, which is 10 times faster.
+CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 24
 
 _library.define(
     "vq_nearest_fwd(Tensor x, Tensor codebook, str metric, bool return_distance) "
@@ -106,8 +106,9 @@ def vq_nearest_reference(
     codes = heads.movedim(-1, 0).unsqueeze(-2).contiguous()
     squares = _sum_in_order(heads.square()).unsqueeze(-2)
     # Inductor fuses the whole search into one loop over the keys; cut up, it would be unrolled.
+    keys_at_once = CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
     whole = torch.compiler.is_compiling()
-    chunk = rows.shape[1] if whole else CHUNK // max(squares.numel(), 1)
+    chunk = rows.shape[1] if whole else keys_at_once // max(squares.numel(), 1)
     indices, distances = [], []
     for part in rows.split(max(chunk, 1), dim=1):
         part = part.to(torch.float64)

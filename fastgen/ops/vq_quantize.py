@@ -221,23 +221,22 @@ def vq_quantize(
     codebook_weight: float = 1.0,
     backend: str | None = None,
 ) -> VQResult:
-    """Replaces every row of x by its nearest code, with a straight-through gradient, and gives the
-    VQ-VAE loss.
+    """Replaces every row of x by its nearest code, straight-through, and gives the VQ-VAE loss.
 
     Args:
         x: (..., N, D), or (H, N, D) where the codebook has heads.
         codebook: (K, D), or (H, K, D): one codebook a head. K is at least 1. It is kept for the
-            backward pass: a codebook that is changed in place before that (EMA updates) must be
-                passed as a copy.
+            backward pass: one that is changed in place before that (EMA updates) must be passed as
+            a copy.
         commitment_weight: beta, weight of the term that pulls x to its code.
         codebook_weight: weight of the term that pulls the code to x; 0 for codebooks learned
             otherwise.
         backend: force "cpu" or "reference".
 
     Returns:
-        VQResult(quantized, indices, loss): quantized has the shape and dtype of x; indices (..., N)
-            int64; loss is a
-        scalar, float32 (float64 for float64 inputs), the mean over all elements.
+        VQResult(quantized, indices, loss): quantized has the shape and dtype of x; indices are
+        (..., N) int64; loss is a scalar, float32 (float64 for float64 inputs), the mean over all
+        elements.
 
     Raises:
         TypeError: not tensors, not floating, or mixed dtypes outside autocast; weights not numbers.
