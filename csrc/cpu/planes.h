@@ -38,7 +38,8 @@ struct Planes {
     jobs = channels_last ? t.size(0) : t.size(0) * channels;
     size = 1;
     for (std::int64_t d = 2; d < t.dim(); ++d) size *= t.size(d);
-    piece = std::max<std::int64_t>(16, kPlanePiece / std::max<std::int64_t>(1, lanes));
+    // Rows are added up one after another: short runs of them keep the rounding error small.
+    piece = lanes > 1 ? std::clamp<std::int64_t>(kPlanePiece / lanes, 16, 1024) : kPlanePiece;
     pieces = (size + piece - 1) / piece;
   }
 
