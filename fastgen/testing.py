@@ -293,15 +293,20 @@ def _affine_coupling(scale: str, inverse: bool) -> OpCase:
 
 
 def _plane_norm(
-    op: str, name: str, shape_of: Callable[[tuple[int, ...]], tuple[int, ...]]
+    op: str, name: str, shape_of: Callable[[tuple[int, ...]], tuple[int, ...]] | None
 ) -> OpCase:
     """A row of `instance_norm` or `adain`; `shape_of` maps the shape of x to the parameters'."""
 
     def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
         x = maker.randn(*shape, scale=2.0, mean=1.0)
+        if name == "channels_last" and len(shape) == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if shape_of is None:
+            return Sample((x,), {"eps": 1e-3})
         scale = maker.randn(*shape_of(shape), mean=1.0)
         return Sample((x, scale, maker.randn(*shape_of(shape))), {"eps": 1e-3})
 
+    tensors = (0,) if shape_of is None else (0, 1, 2)
     return OpCase(
         op=op,
         name=name,
@@ -320,8 +325,8 @@ def _plane_norm(
         grad_shape=(2, 3, 2, 3),
         big_shape=(5, 7, 65, 129),
         dims=((0, 3), (0, 20), (0, 9), (0, 9)),
-        grad=(0, 1, 2),
-        vmap=(0, 1, 2),
+        grad=tensors,
+        vmap=tensors,
         ulps=1.0,
     )
 
@@ -447,12 +452,14 @@ def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
 #: Every row. Keep the rows of an op together, in the order of fastgen/ops/__init__.py.
 CASES: tuple[OpCase, ...] = (
     _plane_norm("adain", "", lambda shape: shape[:2]),
+    _plane_norm("adain", "channels_last", lambda shape: shape[:2]),
     *(
         _affine_coupling(scale, inverse)
         for scale in ("exp", "tanh", "sigmoid", "atan")
         for inverse in (False, True)
     ),
     _plane_norm("instance_norm", "affine", lambda shape: shape[1:2]),
+    _plane_norm("instance_norm", "bare", None),
     *(_normal(dims) for dims in (0, 1, 3)),
     *(_reparam_kl(noise) for noise in (False, True)),
     OpCase(

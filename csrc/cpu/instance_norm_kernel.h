@@ -51,30 +51,51 @@ inline void plane_moments(const S* x, std::int64_t n, double* mean, double* squa
   *squares = centred < 0 ? 0 : centred;
 }
 
-// The same for interleaved planes; the origin is the first row.
+// f(group, c, lanes) over the channels, kColumns vectors of them at once while there are as many: whole cache
+// lines of several neighbours keep the memory busy where one does not.
+constexpr int kColumns = 4;
+
+template <class T, class F>
+inline void for_columns(std::int64_t channels, F f) {
+  constexpr int kWidth = Vec<T>::width;
+  std::int64_t c = 0;
+  for (; c + kColumns * kWidth <= channels; c += kColumns * kWidth)
+    f(std::integral_constant<int, kColumns>{}, c, kWidth);
+  for (; c < channels; c += kWidth) {
+    f(std::integral_constant<int, 1>{}, c, static_cast<int>(channels - c < kWidth ? channels - c : kWidth));
+  }
+}
+
+// The moments of interleaved planes; the origin is the first row.
 template <class S>
 inline void channel_moments(const S* x, std::int64_t rows, std::int64_t channels, double* mean, double* squares) {
   using T = acc_t<S>;
   constexpr int kWidth = Vec<T>::width;
   const double count = static_cast<double>(rows);
-  for (std::int64_t c = 0; c < channels; c += kWidth) {
-    const int lanes = static_cast<int>(std::min<std::int64_t>(kWidth, channels - c));
-    const Wide<T> origin = widen(load_lanes(x + c, lanes));
-    ProductSums<T> sums;
+  for_columns<T>(channels, [&](auto columns, std::int64_t begin, int lanes) {
+    Wide<T> origin[columns()];
+    ProductSums<T> sums[columns()];
+    for (int k = 0; k < columns(); ++k) origin[k] = widen(load_lanes(x + begin + k * kWidth, lanes));
     for (std::int64_t r = 0; r < rows; ++r) {
-      const Wide<T> d = widen(load_lanes(x + r * channels + c, lanes)) - origin;
-      sums.add(d, d);
+      const S* row = x + r * channels + begin;
+      for (int k = 0; k < columns(); ++k) {
+        const Wide<T> d = widen(load_lanes(row + k * kWidth, lanes)) - origin[k];
+        sums[k].add(d, d);
+      }
     }
-    double total[kWidth], product[kWidth], first[kWidth];
-    store_n(total, sums.total, lanes);
-    store_n(product, sums.product, lanes);
-    store_n(first, origin, lanes);
-    for (int i = 0; i < lanes; ++i) {
-      const double shift = total[i] / count, centred = product[i] - total[i] * shift;
-      mean[c + i] = first[i] + shift;
-      squares[c + i] = centred < 0 ? 0 : centred;
+    for (int k = 0; k < columns(); ++k) {
+      const std::int64_t c = begin + k * kWidth;
+      double total[kWidth], product[kWidth], first[kWidth];
+      store_n(total, sums[k].total, lanes);
+      store_n(product, sums[k].product, lanes);
+      store_n(first, origin[k], lanes);
+      for (int i = 0; i < lanes; ++i) {
+        const double shift = total[i] / count, centred = product[i] - total[i] * shift;
+        mean[c + i] = first[i] + shift;
+        squares[c + i] = centred < 0 ? 0 : centred;
+      }
     }
-  }
+  });
 }
 
 template <class S>
@@ -139,17 +160,21 @@ inline void channel_products(const S* gy, const S* x, std::int64_t rows, std::in
                              double* total, double* product) {
   using T = acc_t<S>;
   constexpr int kWidth = Vec<T>::width;
-  for (std::int64_t c = 0; c < channels; c += kWidth) {
-    const int lanes = static_cast<int>(std::min<std::int64_t>(kWidth, channels - c));
-    const Wide<T> origin = load_wide<T>(mean + c, lanes);
-    ProductSums<T> sums;
+  for_columns<T>(channels, [&](auto columns, std::int64_t begin, int lanes) {
+    Wide<T> origin[columns()];
+    ProductSums<T> sums[columns()];
+    for (int k = 0; k < columns(); ++k) origin[k] = load_wide<T>(mean + begin + k * kWidth, lanes);
     for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t i = r * channels + c;
-      sums.add(widen(load_lanes(gy + i, lanes)), widen(load_lanes(x + i, lanes)) - origin);
+      for (int k = 0; k < columns(); ++k) {
+        const std::int64_t i = r * channels + begin + k * kWidth;
+        sums[k].add(widen(load_lanes(gy + i, lanes)), widen(load_lanes(x + i, lanes)) - origin[k]);
+      }
     }
-    store_n(total + c, sums.total, lanes);
-    store_n(product + c, sums.product, lanes);
-  }
+    for (int k = 0; k < columns(); ++k) {
+      store_n(total + begin + k * kWidth, sums[k].total, lanes);
+      store_n(product + begin + k * kWidth, sums[k].product, lanes);
+    }
+  });
 }
 
 template <class S>

@@ -8,7 +8,11 @@ namespace fastgen {
 // Elements of a job that are handled at once; partial results of pieces are combined in order.
 constexpr std::int64_t kPlanePiece = 16384;
 
-// A pointer to the first element of each job, see Planes. `channels` is 0 where jobs are `stride` apart throughout.
+// About what a shared cache keeps between two sweeps.
+constexpr std::int64_t kCachedElements = std::int64_t{1} << 22;
+
+// A pointer to the first element of each job, see Planes. `channels` is 0 where jobs are `stride` apart
+// throughout.
 template <class S>
 struct Jobs {
   S* base;
@@ -38,7 +42,8 @@ struct Planes {
     jobs = channels_last ? t.size(0) : t.size(0) * channels;
     size = 1;
     for (std::int64_t d = 2; d < t.dim(); ++d) size *= t.size(d);
-    piece = std::max<std::int64_t>(16, kPlanePiece / std::max<std::int64_t>(1, lanes));
+    // Rows are added up one after another: short runs of them keep the rounding error small.
+    piece = lanes > 1 ? std::clamp<std::int64_t>(kPlanePiece / lanes, 16, 1024) : kPlanePiece;
     pieces = (size + piece - 1) / piece;
   }
 
@@ -84,14 +89,15 @@ struct Planes {
   }
 };
 
-// reduce(job, first, last) over the pieces of each job, then finish(job), then apply(job, first, last), in
-// parallel over jobs, or over the pieces of one job after another where jobs are too few to keep all threads busy.
+// reduce(job, first, last) over the pieces of each job, then finish(job), then apply(job, first, last): in
+// parallel over jobs, or, where these are too few to keep all threads busy, over the pieces of as many jobs as a
+// cache holds.
 template <class Reduce, class Finish, class Apply>
 void reduce_then_apply(const Planes& planes, Reduce&& reduce, Finish&& finish, Apply&& apply) {
   using torch::stable::parallel_for;
-  const std::int64_t jobs = planes.jobs, pieces = planes.pieces;
+  const std::int64_t jobs = planes.jobs, pieces = planes.pieces, job_size = planes.size * planes.lanes;
   if (pieces == 1 || jobs >= 4 * static_cast<std::int64_t>(torch::stable::get_num_threads())) {
-    const std::int64_t grain = std::max<std::int64_t>(1, kPlanePiece / (planes.size * planes.lanes));
+    const std::int64_t grain = std::max<std::int64_t>(1, kPlanePiece / job_size);
     parallel_for(0, jobs, grain, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t job = begin; job < end; ++job) {
         reduce(job, 0, pieces);
@@ -101,10 +107,17 @@ void reduce_then_apply(const Planes& planes, Reduce&& reduce, Finish&& finish, A
     });
     return;
   }
-  for (std::int64_t job = 0; job < jobs; ++job) {
-    parallel_for(0, pieces, 1, [&](std::int64_t begin, std::int64_t end) { reduce(job, begin, end); });
-    finish(job);
-    parallel_for(0, pieces, 1, [&](std::int64_t begin, std::int64_t end) { apply(job, begin, end); });
+  const std::int64_t group = std::max<std::int64_t>(1, kCachedElements / job_size);
+  for (std::int64_t first = 0; first < jobs; first += group) {
+    const std::int64_t last = std::min(jobs, first + group);
+    const auto each_piece = [&](auto&& f) {
+      parallel_for(first * pieces, last * pieces, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) f(i / pieces, i % pieces, i % pieces + 1);
+      });
+    };
+    each_piece(reduce);
+    for (std::int64_t job = first; job < last; ++job) finish(job);
+    each_piece(apply);
   }
 }
 

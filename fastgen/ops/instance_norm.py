@@ -70,7 +70,7 @@ _library.register_vmap_fold("instance_norm_bwd")
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """xhat (B, C, N), mean and biased variance (B, C, 1) in the arithmetic dtype, in plain torch."""
+    """xhat (B, C, N), mean and biased variance (B, C, 1), in plain torch and arithmetic dtype."""
     flat = x.to(accumulate_dtype(x.dtype)).flatten(2)
     mean = flat.mean(2, keepdim=True)
     centred = flat - mean

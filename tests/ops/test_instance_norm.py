@@ -1,4 +1,4 @@
-"""What is special to instance_norm and adain: accuracy at large means, layouts, non-finite planes."""
+"""What is special to instance_norm and adain: accuracy, layouts, planes that are not finite."""
 
 import pytest
 import torch
@@ -188,7 +188,7 @@ def test_channels_last_is_kept(spatial, channels, dtype):
         results.append((y, *grads))
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
-            tolerance = 4 * torch.finfo(dtype).eps
+            tolerance = (256 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
