@@ -34,7 +34,13 @@ from torch.nn import functional as F
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, autocast_promote, needs_grad, reference_vjp
+from fastgen.ops._autograd import (
+    accumulate_dtype,
+    autocast_promote,
+    kept_signature,
+    needs_grad,
+    reference_vjp,
+)
 
 __all__ = ["rq_spline"]
 
@@ -175,6 +181,7 @@ class _RQSpline(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         x: Tensor,
         widths: Tensor,
@@ -207,14 +214,17 @@ class _RQSpline(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple:
-        grads = _RQSplineBackward.apply(grad_y, grad_log_det, *ctx.saved_tensors, *ctx.options)
-        return *grads, None, None, None, None, None, None
+        tensors = (grad_y, grad_log_det, *ctx.saved_tensors)
+        raw = torch.ops.fastgen.rq_spline_bwd
+        backward = _RQSplineBackward.apply if needs_grad(*tensors) else raw
+        return *backward(*tensors, *ctx.options), None, None, None, None, None, None
 
 
 class _RQSplineBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         grad_y: Tensor,
         grad_log_det: Tensor,
