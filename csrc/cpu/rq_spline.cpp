@@ -177,18 +177,18 @@ std::tuple<Tensor, Tensor> rq_spline_fwd(const Tensor& x, const Tensor& widths, 
     using S = std::remove_pointer_t<decltype(type)>;
     using T = acc_t<S>;
     const SplineInputs<S> inputs = spline.inputs<S>();
-    const bool reduce = chunks.sample_size != 1;
-    std::vector<T> partial(reduce ? chunks.samples * chunks.pieces_each : 0);
+    const bool reduced = chunks.sample_size != 1;
+    std::vector<T> partial(reduced ? chunks.samples * chunks.pieces_each : 0);
     chunks.parallel([&](const Chunks::Range& r) {
-      std::vector<T> columns = workspace<S>(spline.bins), terms(reduce ? r.last - r.first : 0);
-      T* out = reduce ? terms.data() : data<T>(log_det) + r.first;
+      std::vector<T> columns = workspace<S>(spline.bins), terms(reduced ? r.last - r.first : 0);
+      T* out = reduced ? terms.data() : data<T>(log_det) + r.first;
       FASTGEN_DISPATCH_ISA(spline_forward, inputs, r.first, r.last, data<S>(y), out, columns.data());
-      if (reduce) {
+      if (reduced) {
         FASTGEN_DISPATCH_ISA(sum_segments, out, r.segments, (r.last - r.first) / r.segments,
                              partial.data() + r.segment);
       }
     });
-    if (reduce) sum_pieces(partial, chunks.samples, data<T>(log_det));
+    if (reduced) sum_pieces(partial, chunks.samples, data<T>(log_det));
   });
   return {y, log_det};
 }
@@ -213,10 +213,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rq_spline_bwd(const Tensor& grad_y, c
     const SplineInputs<S> inputs = spline.inputs<S>();
     const SplineGradients<S> gradients{data<S>(gy), data<S>(grad_x), data<S>(grad_widths), data<S>(grad_heights),
                                        data<S>(grad_derivatives)};
+    const bool reduced = chunks.sample_size != 1;
     chunks.parallel([&](const Chunks::Range& r) {
-      std::vector<T> columns = workspace<S>(spline.bins), terms(r.last - r.first);
-      for (std::int64_t i = r.first; i < r.last; ++i) terms[i - r.first] = data<T>(gld)[i / chunks.sample_size];
-      FASTGEN_DISPATCH_ISA(spline_backward, inputs, gradients, r.first, r.last, terms.data(), columns.data());
+      std::vector<T> columns = workspace<S>(spline.bins), terms(reduced ? r.last - r.first : 0);
+      const T* from = data<T>(gld) + r.first / chunks.sample_size;
+      for (std::int64_t i = 0; reduced && i < r.segments; ++i) {
+        const std::int64_t size = (r.last - r.first) / r.segments;
+        std::fill_n(terms.data() + i * size, size, from[i]);
+      }
+      FASTGEN_DISPATCH_ISA(spline_backward, inputs, gradients, r.first, r.last, reduced ? terms.data() : from,
+                           columns.data());
     });
   });
   return {grad_x, grad_widths, grad_heights, grad_derivatives};

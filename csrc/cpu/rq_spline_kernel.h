@@ -119,7 +119,7 @@ inline SplineBin<T> find_bin(const SplineConstants<T>& c, const SplineColumns<T,
 // + d0 phi^2: y = y0 + h (s theta^2 + d0 theta phi) / E and dy/dx = s^2 q / E^2. Every term is positive.
 template <class T>
 struct SplinePoint {
-  Vec<T> width, height, s, d0, d1, theta, phi, product, squares, inverse_E, ratio, q, value, log_slope;
+  Vec<T> width, height, s, d0, d1, theta, phi, product, squares, inverse_E, ratio, q, value;
 };
 
 // theta and phi where y is known. Durkan et al. solve a quadratic whose discriminant is the sum of squares below;

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable)
+
+
+def kept_signature(forward: F) -> F:
+    """Decorator of a Function's ``forward``: keeps its signature, which ``apply`` asks for.
+
+    Working it out anew costs each call more than a small kernel does.
+    """
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -27,6 +27,7 @@ from fastgen.ops import _check, _library
 from fastgen.ops._autograd import (
     accumulate_dtype,
     autocast_promote,
+    kept_signature,
     needs_grad,
     reference_vjp,
     sum_per_sample,
@@ -95,6 +96,7 @@ class _AffineCoupling(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         x: Tensor, raw_scale: Tensor, shift: Tensor, scale: str, inverse: bool, scale_factor: float
     ) -> tuple[Tensor, Tensor]:
@@ -109,16 +111,17 @@ class _AffineCoupling(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple:
-        grads = _AffineCouplingBackward.apply(
-            grad_y, grad_log_det, *ctx.saved_tensors, *ctx.options
-        )
-        return *grads, None, None, None
+        tensors = (grad_y, grad_log_det, *ctx.saved_tensors)
+        raw = torch.ops.fastgen.affine_coupling_bwd
+        backward = _AffineCouplingBackward.apply if needs_grad(*tensors) else raw
+        return *backward(*tensors, *ctx.options), None, None, None
 
 
 class _AffineCouplingBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         grad_y: Tensor,
         grad_log_det: Tensor,

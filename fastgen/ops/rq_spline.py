@@ -1,23 +1,25 @@
-"""Rational-quadratic spline with linear tails: a monotone map of the line, elementwise, and its log-derivative.
+"""Rational-quadratic spline with linear tails: a monotone elementwise map and its log-derivative.
 
-Durkan et al. 2019, "Neural Spline Flows", section 3.1. On [-B, B] the map is piecewise rational-quadratic: K bins with
-widths and heights 2B softmax(.), none below 2B times its minimum, and derivatives softplus(.) at the K - 1 inner
-knots; outside it is the identity, with derivative 1 at -B and B. Inside bin k, with theta the position in it in [0, 1],
-s = height / width, and d_k, d_k+1 the derivatives at its ends,
+Durkan et al. 2019, "Neural Spline Flows", section 3.1. On [-B, B] the map is piecewise
+rational-quadratic: K bins with widths and heights 2B softmax(.), none below 2B times its minimum,
+and derivatives softplus(.) at the K - 1 inner knots. Outside it is the identity, with derivative 1
+at -B and B. Inside bin k, with theta in [0, 1] the position in it, s = height / width, and d_k,
+d_k+1 the derivatives at its ends,
 
-    y = y_k + height (s theta^2 + d_k theta (1 - theta)) / E              (eq. 4)
+    y = y_k + height (s theta^2 + d_k theta (1 - theta)) / E                           (eq. 4)
     dy/dx = s^2 (d_k+1 theta^2 + 2 s theta (1 - theta) + d_k (1 - theta)^2) / E^2      (eq. 5)
     E = s + (d_k + d_k+1 - 2 s) theta (1 - theta)
 
-The raw derivatives are shifted so that zero parameters give the identity: d = m + softplus(raw + log(exp(1 - m) - 1)),
-m the minimum (nflows leaves the shift out: its raw derivatives are these plus the shift). The inverse solves the
-quadratic of section 3.1 with its discriminant written as a sum of squares and its root without cancellation: no input
-gives a negative one.
+The raw derivatives are shifted so that zero parameters give the identity: with m the minimum,
+d = m + softplus(raw + log(exp(1 - m) - 1)). (nflows leaves the shift out: its raw derivatives are
+these plus the shift.) The inverse solves the quadratic of section 3.1 with its discriminant written
+as a sum of squares and its root without cancellation, so that no input gives a negative one.
 
-Shapes: x (...), widths and heights (..., K), derivatives (..., K - 1), one dtype of float32, float64, float16,
-bfloat16; y as x; log_det (...), or (B,) where summed, float32, float64 for float64 inputs. Half inputs are computed in
-float32. Gradients: first order fused, second and higher by the reference; at a knot the second derivative is that of
-the bin above. Backends: cpu, reference.
+Shapes: x (...), widths and heights (..., K), derivatives (..., K - 1), one dtype of float32,
+float64, float16, bfloat16; y as x; log_det (...), or (B,) where summed, float32, float64 for
+float64 inputs. Half inputs are computed in float32. Gradients: first order fused, second and higher
+by the reference; log_det has a kink at each knot, where the bin above counts. Backends: cpu,
+reference.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ from torch.nn import functional as F
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, autocast_promote, needs_grad, reference_vjp
+from fastgen.ops._autograd import (
+    accumulate_dtype,
+    autocast_promote,
+    kept_signature,
+    needs_grad,
+    reference_vjp,
+)
 
 __all__ = ["rq_spline"]
 
@@ -108,9 +116,10 @@ def _position(
 ) -> tuple[Tensor, Tensor]:
     """theta and 1 - theta of the point at eta = 1 - rest of its bin's height.
 
-    With p = d0 rest - d1 eta, the coefficients of section 3.1 are (over the height) b = p + 2 s eta, c = -s eta and
-    a = s - b, so b^2 - 4 a c = p^2 + 4 s^2 eta rest, and theta = 2 s eta / (2 s eta + p + root). For p < 0 that is
-    (root - p) / (root - p + 2 s rest): whichever adds positive numbers is taken.
+    With p = d0 rest - d1 eta, the coefficients of section 3.1, divided by the height, are
+    b = p + 2 s eta, c = -s eta and a = s - b. So b^2 - 4 a c = p^2 + 4 s^2 eta rest, whose root r
+    gives theta = 2 s eta / (2 s eta + p + r), or (r - p) / (r - p + 2 s rest): the form that adds
+    positive numbers is taken.
     """
     p = d0 * rest - d1 * eta
     root = torch.sqrt(p * p + 4 * s * s * eta * rest)
@@ -132,7 +141,7 @@ def rq_spline_reference(
     min_bin_height: float,
     min_derivative: float,
 ) -> tuple[Tensor, Tensor]:
-    """The op in plain PyTorch; log_det is summed over all but the first `batch_dims` dimensions of x."""
+    """The op in plain PyTorch; log_det is summed over all but x's first `batch_dims` dimensions."""
     dtype = accumulate_dtype(x.dtype)
     # Tails take a harmless point through the maths, so that no gradient of theirs is NaN.
     outside = x.abs() > tail_bound
@@ -172,6 +181,7 @@ class _RQSpline(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         x: Tensor,
         widths: Tensor,
@@ -204,14 +214,17 @@ class _RQSpline(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple:
-        grads = _RQSplineBackward.apply(grad_y, grad_log_det, *ctx.saved_tensors, *ctx.options)
-        return *grads, None, None, None, None, None, None
+        tensors = (grad_y, grad_log_det, *ctx.saved_tensors)
+        raw = torch.ops.fastgen.rq_spline_bwd
+        backward = _RQSplineBackward.apply if needs_grad(*tensors) else raw
+        return *backward(*tensors, *ctx.options), None, None, None, None, None, None
 
 
 class _RQSplineBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         grad_y: Tensor,
         grad_log_det: Tensor,
@@ -250,8 +263,10 @@ class _RQSplineBackward(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         grad_y, grad_log_det, *primals = ctx.saved_tensors
 
-        def reference(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            return rq_spline_reference(*tensors, *ctx.options)
+        def reference(
+            x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            return rq_spline_reference(x, widths, heights, derivatives, *ctx.options)
 
         gx, gw, gh, gd, ggy, ggld = reference_vjp(reference, primals, (grad_y, grad_log_det), grads)
         return ggy, ggld, gx, gw, gh, gd, None, None, None, None, None, None

@@ -45,10 +45,10 @@ def test_log_det_is_that_of_the_jacobian(kind, options, swap, channels):
     x = torch.randn(3, channels, dtype=torch.float64)
     for function in layer.forward, layer.inverse:
         _, log_det = function(x)
-        for i in range(3):
-            full = torch.autograd.functional.jacobian(lambda t: function(t[None])[0][0], x[i])
-            expected = torch.linalg.slogdet(full)[1]
-            torch.testing.assert_close(log_det[i], expected, rtol=0, atol=1e-10)
+        full = torch.func.jacrev(function)(x)[0]
+        per_sample = torch.stack([full[i, :, i] for i in range(3)])
+        expected = torch.linalg.slogdet(per_sample)[1]
+        torch.testing.assert_close(log_det, expected, rtol=0, atol=1e-10)
 
 
 @each_layer
@@ -62,10 +62,9 @@ def test_inverse_undoes_forward(kind, options, swap, spatial):
     assert y.shape == x.shape and forward.shape == (4,)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
     torch.testing.assert_close(inverse, -forward, rtol=0, atol=1e-9)
-    first = 2 if swap else 3
     kept = slice(3, None) if swap else slice(None, 3)
     assert torch.equal(y[:, kept], x[:, kept])
-    assert not torch.equal(y[:, 5 - first :], x[:, 5 - first :]) or swap
+    assert not torch.equal(y, x)
 
 
 @each_layer
