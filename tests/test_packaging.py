@@ -185,15 +185,34 @@ assert info.main([]) == 1
 """
 
 
-@pytest.fixture
-def broken(environment):
-    """An installed package whose compiled module was cut off: (its Python, its folder)."""
+UNDEFINED = (
+    "void no_such_symbol_in_torch(void); void *PyInit__C(void) { no_such_symbol_in_torch(); }"
+)
+
+
+def _empty(module):
+    module.write_bytes(b"")
+
+
+def _not_a_library(module):
+    module.write_bytes(b"<html>404</html>" * 64)
+
+
+def _wants_a_missing_symbol(module):
+    """What a module built for a newer torch does."""
+    source = module.with_name("module.c")
+    source.write_text(UNDEFINED)
+    call("cc", "-shared", "-fPIC", "-w", source, "-o", module)
+
+
+@pytest.fixture(params=(_empty, _not_a_library, _wants_a_missing_symbol))
+def broken(request, environment):
+    """An installed package whose compiled module does not load: (its Python, its folder)."""
     python, site = environment
     package = site / "fastgen"
-    ignored = shutil.ignore_patterns("__pycache__", "_C_cuda*")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(PACKAGE, package, ignore=ignored)
-    module = package / "_C.abi3.so"
-    module.write_bytes(module.read_bytes()[:1000])
+    request.param(package / "_C.abi3.so")
     record = package / "_build.json"
     record.write_text(record.read_text().replace('"cuda": true', '"cuda": false'))
     return python, package
