@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fastgen import nn
+from fastgen.nn._kmeans import all_reduce, candidates
 
 
 def same_on_both(module):
@@ -47,6 +48,16 @@ def random_choices(rank, make):
         layer(x[:0] if step in (0, 7) and rank == 1 else x)
         same_on_both(layer)
     return layer
+
+
+def candidates_come_from_both_ranks(rank):
+    """Each code is offered one whole row, of either rank."""
+    rows = torch.arange(40.0).view(20, 2) + 100 * rank
+    offers = all_reduce(candidates(rows, None, 16, sync=True), sync=True)
+    assert (offers[:, -1] == 1).all()
+    offers = offers[:, :-1]
+    assert torch.equal(offers[:, 1], offers[:, 0] + 1) and (offers[:, 0] % 100 < 40).all()
+    assert set((offers[:, 0] // 100).tolist()) == {0.0, 1.0}
 
 
 def one_collective(rank, make):
@@ -91,8 +102,11 @@ def main(rank, store):
     random_choices(rank, lambda: nn.VectorQuantizer(16, 4, **revive))
     random_choices(rank, lambda: nn.VectorQuantizer(16, 4, codebook="gradient", **revive))
     random_choices(rank, lambda: nn.ResidualVQ(2, 16, 4, **revive))
+    candidates_come_from_both_ranks(rank)
     wrapped(rank)
-    print("all checks ran")
+    print("all checks ran", flush=True)
+    # A rank that leaves first tears down connections that the other still listens on.
+    dist.barrier()
     dist.destroy_process_group()
 
 
