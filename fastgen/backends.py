@@ -198,6 +198,10 @@ def reset_calls() -> None:
 def _parse(choice: str | Mapping[str, str] | None) -> dict[str, str]:
     if choice is None:
         return {}
+    if not isinstance(choice, str | Mapping):
+        raise TypeError(
+            f"choice: expected a backend name, a mapping or None, got {type(choice).__name__}"
+        )
     table = {_ALL: choice} if isinstance(choice, str) else dict(choice)
     for op, backend in table.items():
         if backend not in BACKENDS:
@@ -217,6 +221,7 @@ class use_backend:
     Process-wide: other threads see it too. Leaving a ``with`` block restores what was before.
 
     Raises:
+        TypeError: `choice` is none of these.
         ValueError: unknown backend or op.
 
     Example:

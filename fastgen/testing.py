@@ -292,11 +292,187 @@ def _affine_coupling(scale: str, inverse: bool) -> OpCase:
     )
 
 
+def _plane_norm(
+    op: str, name: str, shape_of: Callable[[tuple[int, ...]], tuple[int, ...]]
+) -> OpCase:
+    """A row of `instance_norm` or `adain`; `shape_of` maps the shape of x to the parameters'."""
+
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        x = maker.randn(*shape, scale=2.0, mean=1.0)
+        scale = maker.randn(*shape_of(shape), mean=1.0)
+        return Sample((x, scale, maker.randn(*shape_of(shape))), {"eps": 1e-3})
+
+    return OpCase(
+        op=op,
+        name=name,
+        make=make,
+        shapes=(
+            (2, 3, 4, 6),
+            (2, 19, 33),
+            (1, 2, 3, 4, 5),
+            (3, 2, 1),
+            (1, 1, 5, 1),
+            (1, 2, 21001),
+            (0, 3, 4),
+            (2, 0, 4),
+            (2, 3, 0),
+        ),
+        grad_shape=(2, 3, 2, 3),
+        big_shape=(5, 7, 65, 129),
+        dims=((0, 3), (0, 20), (0, 9), (0, 9)),
+        grad=(0, 1, 2),
+        vmap=(0, 1, 2),
+        ulps=1.0,
+    )
+
+
+def _normal(dims: int) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        return Sample((maker.key(), shape), {"dtype": maker.dtype})
+
+    shapes: dict[int, tuple[tuple[int, ...], ...]] = {
+        0: ((),),
+        1: ((7,), (1,), (4,), (9001,), (0,)),
+        3: ((2, 3, 5), (1, 1, 1), (3, 0, 2)),
+    }
+    return OpCase(
+        op="normal",
+        name=f"{dims}d",
+        make=make,
+        shapes=shapes[dims],
+        grad_shape=shapes[dims][0],
+        big_shape=(71,) * dims,
+        dims=((0, 40),) * dims,
+    )
+
+
+def _reparam_kl(noise: bool) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        given = tuple(maker.randn(*shape) for _ in range(3 if noise else 2))
+        return Sample(given, {} if noise else {"key": maker.key()})
+
+    return OpCase(
+        op="reparam_kl",
+        name="noise" if noise else "key",
+        make=make,
+        shapes=((4, 6), (3, 2, 5, 7), (1, 1), (5,), (2, 9001), (0, 4), (3, 0)),
+        grad_shape=(2, 3),
+        big_shape=(257, 129),
+        dims=((0, 5), (0, 40)),
+        grad=(0, 1, 2) if noise else (0, 1),
+        vmap=(0, 1, 2) if noise else (0, 1),
+    )
+
+
+def _codebook_shape(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(N, K, D) or (H, N, K, D) -> the shapes of x and codebook."""
+    *heads, rows, codes, size = shape
+    return (*heads, rows, size), (*heads, codes, size)
+
+
+_VQ_SHAPES = ((37, 9, 5), (65, 1, 3), (1, 1, 1), (7, 33, 16), (2, 70, 19), (0, 4, 3), (3, 4, 0))
+_VQ_HEADS = ((3, 17, 9, 5), (1, 5, 1, 1), (0, 3, 2, 4), (2, 0, 3, 4), (2, 5, 3, 0))
+
+
+def _vq_nearest(name: str, shapes: tuple[tuple[int, ...], ...], **options: Any) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        x, codebook = _codebook_shape(shape)
+        return Sample((maker.randn(*x), maker.randn(*codebook)), options)
+
+    return OpCase(
+        op="vq_nearest",
+        name=name,
+        make=make,
+        shapes=shapes,
+        grad_shape=shapes[0],
+        big_shape=(*shapes[0][:-3], 1003, 67, 33),
+        dims=((1, 3),) * (len(shapes[0]) - 3) + ((0, 40), (1, 70), (0, 40)),
+        vmap=(0, 1),
+    )
+
+
+def _vq_quantize(name: str, shapes: tuple[tuple[int, ...], ...], wanted: int) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        x, codebook = _codebook_shape(shape)
+        options = {"commitment_weight": 0.5, "codebook_weight": 2.0}
+        return Sample((maker.randn(*x), maker.randn(*codebook)), options)
+
+    return OpCase(
+        op="vq_quantize",
+        name=name,
+        make=make,
+        shapes=shapes,
+        grad_shape=(*shapes[0][:-3], 5, 3, 2),
+        big_shape=(*shapes[0][:-3], 1003, 67, 33),
+        dims=((1, 3),) * (len(shapes[0]) - 3) + ((0, 40), (1, 70), (0, 40)),
+        # One argument a row: stop-gradients make the second derivatives that mix both zero.
+        grad=(wanted,),
+        numeric_gradient=False,
+        vmap=(wanted,),
+    )
+
+
+def _vq_codebook_stats(maker: Maker, shape: tuple[int, ...]) -> Sample:
+    *rows, codes, size = shape
+    return Sample((maker.randn(*rows, size), maker.randint(codes, *rows), codes))
+
+
+def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
+    def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
+        *dims, bins = shape
+        sizes = (bins, bins, bins - 1)
+        raw = (maker.randn(*dims, k, scale=0.3) for k in sizes)
+        return Sample(
+            (maker.randn(*dims, scale=2.0), *raw), {"inverse": inverse, "sum_log_det": sum_log_det}
+        )
+
+    direction = "inverse" if inverse else "forward"
+    return OpCase(
+        op="rq_spline",
+        name=f"{direction}-sum" if sum_log_det else direction,
+        make=make,
+        shapes=((9, 23, 8), (5, 2, 3, 7), (1, 1, 8), (5, 5), (6, 3, 2), (2, 1031, 4))
+        + ((0, 4, 8), (3, 0, 8)),
+        grad_shape=(2, 3, 4),
+        big_shape=(67, 129, 8),
+        dims=((0, 4), (0, 30), (2, 20)),
+        grad=(0, 1, 2, 3),
+        vmap=(0, 1, 2, 3),
+        # Second derivatives amplify the rounding of a knot; tests/ops/test_rq_spline.py compares
+        # the errors of many elements.
+        ulps=16.0,
+    )
+
+
 #: Every row. Keep the rows of an op together, in the order of fastgen/ops/__init__.py.
 CASES: tuple[OpCase, ...] = (
+    _plane_norm("adain", "", lambda shape: shape[:2]),
     *(
         _affine_coupling(scale, inverse)
         for scale in ("exp", "tanh", "sigmoid", "atan")
         for inverse in (False, True)
     ),
+    _plane_norm("instance_norm", "affine", lambda shape: shape[1:2]),
+    *(_normal(dims) for dims in (0, 1, 3)),
+    *(_reparam_kl(noise) for noise in (False, True)),
+    OpCase(
+        op="vq_codebook_stats",
+        name="",
+        make=_vq_codebook_stats,
+        shapes=((37, 9, 5), (3, 5, 7, 300), (1, 1, 1), (4, 70, 2), (0, 4, 3), (3, 4, 0)),
+        grad_shape=(5, 3, 2),
+        big_shape=(2003, 67, 33),
+        dims=((0, 40), (1, 9), (0, 40)),
+        grad=(0,),
+        vmap=(0, 1),
+    ),
+    _vq_nearest("", _VQ_SHAPES),
+    _vq_nearest("distance", _VQ_SHAPES, return_distance=True),
+    _vq_nearest("cosine", _VQ_SHAPES, metric="cosine"),
+    _vq_nearest("heads", _VQ_HEADS, return_distance=True),
+    _vq_quantize("x", _VQ_SHAPES, 0),
+    _vq_quantize("codebook", _VQ_SHAPES, 1),
+    _vq_quantize("heads-x", _VQ_HEADS, 0),
+    _vq_quantize("heads-codebook", _VQ_HEADS, 1),
+    *(_rq_spline(inverse, summed) for summed in (False, True) for inverse in (False, True)),
 )

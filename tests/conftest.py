@@ -4,6 +4,8 @@ output fails."""
 import pytest
 import torch
 
+from fastgen.ops import _library
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -30,12 +32,11 @@ def threads():
 @pytest.fixture
 def isa():
     """Forces an instruction set of the CPU kernels: isa("avx2") is False where it is missing."""
-    names = ("portable", "avx2", "avx512")
     before = torch.ops.fastgen.cpu_isa()
 
     def force(name):
         try:
-            torch.ops.fastgen.force_cpu_isa(names.index(name))
+            torch.ops.fastgen.force_cpu_isa(_library.CPU_ISAS.index(name))
         except RuntimeError:
             return False
         return True

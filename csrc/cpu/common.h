@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -24,6 +25,9 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "isa.h"
+
+// For functions in the innermost loops, which gcc would otherwise call where a loop has a tail.
+#define FASTGEN_INLINE inline __attribute__((always_inline))
 
 namespace fastgen {
 

@@ -10,6 +10,8 @@ namespace {
 
 std::int64_t cpu_isa() { return static_cast<std::int64_t>(current_isa()); }
 
+std::int64_t best_cpu_isa() { return static_cast<std::int64_t>(best_isa()); }
+
 std::int64_t force_cpu_isa(std::int64_t isa) {
   const std::int64_t previous = cpu_isa();
   force_isa(static_cast<Isa>(isa));
@@ -20,6 +22,7 @@ std::int64_t force_cpu_isa(std::int64_t isa) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("best_cpu_isa", TORCH_BOX(&best_cpu_isa));
   m.impl("force_cpu_isa", TORCH_BOX(&force_cpu_isa));
 }
 

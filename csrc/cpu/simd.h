@@ -87,6 +87,44 @@ inline Words bits(Vec<float> a) { return _mm512_castps_si512(a.v); }
 inline Vec<float> as_float(Words a) { return _mm512_castsi512_ps(a.v); }
 inline Words to_int(Vec<float> a) { return _mm512_cvtps_epi32(a.v); }
 inline Vec<float> int_to_float(Words a) { return _mm512_cvtepi32_ps(a.v); }
+// a * 2^n for integral n in [-252, 254], rounded once.
+inline Vec<float> scale2(Vec<float> a, Vec<float> n) { return _mm512_scalef_ps(a.v, n.v); }
+// a where the top bit of m is set, else b.
+inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(m.v), b.v, a.v);
+}
+
+// Half as many 64-bit words.
+struct WideWords {
+  static constexpr int width = 8;
+  __m512i v;
+  WideWords() = default;
+  WideWords(__m512i r) : v(r) {}
+  WideWords(std::uint64_t s) : v(_mm512_set1_epi64(static_cast<long long>(s))) {}
+  static WideWords load(const std::uint64_t* p) { return _mm512_loadu_si512(p); }
+  WideWords high() const { return _mm512_srli_epi64(v, 32); }
+};
+inline WideWords operator+(WideWords a, WideWords b) { return _mm512_add_epi64(a.v, b.v); }
+inline WideWords xor3(WideWords a, WideWords b, WideWords c) {
+  return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96);
+}
+// The 64-bit product of the low halves.
+inline WideWords mul_low(WideWords a, WideWords b) { return _mm512_mul_epu32(a.v, b.v); }
+// The low halves, those of `even` in the even lanes.
+inline Words interleave_low(WideWords even, WideWords odd) {
+  return _mm512_mask_blend_epi32(0xaaaa, even.v, _mm512_slli_epi64(odd.v, 32));
+}
+// Transposes the 4 x 4 matrices that 4 lanes of 4 vectors form.
+inline void transpose4(Words (&w)[4]) {
+  const __m512i ab0 = _mm512_unpacklo_epi32(w[0].v, w[1].v), ab1 = _mm512_unpackhi_epi32(w[0].v, w[1].v);
+  const __m512i cd0 = _mm512_unpacklo_epi32(w[2].v, w[3].v), cd1 = _mm512_unpackhi_epi32(w[2].v, w[3].v);
+  w[0] = _mm512_unpacklo_epi64(ab0, cd0);
+  w[1] = _mm512_unpackhi_epi64(ab0, cd0);
+  w[2] = _mm512_unpacklo_epi64(ab1, cd1);
+  w[3] = _mm512_unpackhi_epi64(ab1, cd1);
+}
+inline Vec<double> low_half(Vec<float> a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)); }
+inline Vec<double> high_half(Vec<float> a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }
 
 inline Vec<float> load(const BFloat16* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -192,6 +230,37 @@ inline Words bits(Vec<float> a) { return _mm256_castps_si256(a.v); }
 inline Vec<float> as_float(Words a) { return _mm256_castsi256_ps(a.v); }
 inline Words to_int(Vec<float> a) { return _mm256_cvtps_epi32(a.v); }
 inline Vec<float> int_to_float(Words a) { return _mm256_cvtepi32_ps(a.v); }
+inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
+  return _mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(m.v));
+}
+
+struct WideWords {
+  static constexpr int width = 4;
+  __m256i v;
+  WideWords() = default;
+  WideWords(__m256i r) : v(r) {}
+  WideWords(std::uint64_t s) : v(_mm256_set1_epi64x(static_cast<long long>(s))) {}
+  static WideWords load(const std::uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  WideWords high() const { return _mm256_srli_epi64(v, 32); }
+};
+inline WideWords operator+(WideWords a, WideWords b) { return _mm256_add_epi64(a.v, b.v); }
+inline WideWords xor3(WideWords a, WideWords b, WideWords c) {
+  return _mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v);
+}
+inline WideWords mul_low(WideWords a, WideWords b) { return _mm256_mul_epu32(a.v, b.v); }
+inline Words interleave_low(WideWords even, WideWords odd) {
+  return _mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xaa);
+}
+inline void transpose4(Words (&w)[4]) {
+  const __m256i ab0 = _mm256_unpacklo_epi32(w[0].v, w[1].v), ab1 = _mm256_unpackhi_epi32(w[0].v, w[1].v);
+  const __m256i cd0 = _mm256_unpacklo_epi32(w[2].v, w[3].v), cd1 = _mm256_unpackhi_epi32(w[2].v, w[3].v);
+  w[0] = _mm256_unpacklo_epi64(ab0, cd0);
+  w[1] = _mm256_unpackhi_epi64(ab0, cd0);
+  w[2] = _mm256_unpacklo_epi64(ab1, cd1);
+  w[3] = _mm256_unpackhi_epi64(ab1, cd1);
+}
+inline Vec<double> low_half(Vec<float> a) { return _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)); }
+inline Vec<double> high_half(Vec<float> a) { return _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)); }
 
 inline Vec<float> load(const BFloat16* p) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -370,6 +439,64 @@ inline Vec<float> int_to_float(Words a) {
   for (int i = 0; i < Words::width; ++i) r.v[i] = static_cast<float>(static_cast<std::int32_t>(a.v[i]));
   return r;
 }
+inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
+  for (int i = 0; i < Words::width; ++i) a.v[i] = m.v[i] >> 31 ? a.v[i] : b.v[i];
+  return a;
+}
+
+struct WideWords {
+  static constexpr int width = Words::width / 2;
+  std::uint64_t v[width];
+  WideWords() = default;
+  WideWords(std::uint64_t s) { FASTGEN_EACH v[i] = s; }
+  static WideWords load(const std::uint64_t* p) {
+    WideWords r;
+    FASTGEN_EACH r.v[i] = p[i];
+    return r;
+  }
+  WideWords high() const {
+    WideWords r;
+    FASTGEN_EACH r.v[i] = v[i] >> 32;
+    return r;
+  }
+  friend WideWords operator+(WideWords a, WideWords b) {
+    FASTGEN_EACH a.v[i] += b.v[i];
+    return a;
+  }
+  friend WideWords xor3(WideWords a, WideWords b, WideWords c) {
+    FASTGEN_EACH a.v[i] ^= b.v[i] ^ c.v[i];
+    return a;
+  }
+  friend WideWords mul_low(WideWords a, WideWords b) {
+    FASTGEN_EACH a.v[i] = (a.v[i] & 0xffffffffu) * (b.v[i] & 0xffffffffu);
+    return a;
+  }
+  friend Words interleave_low(WideWords even, WideWords odd) {
+    Words r;
+    FASTGEN_EACH {
+      r.v[2 * i] = static_cast<std::uint32_t>(even.v[i]);
+      r.v[2 * i + 1] = static_cast<std::uint32_t>(odd.v[i]);
+    }
+    return r;
+  }
+};
+inline void transpose4(Words (&w)[4]) {
+  for (int block = 0; block < Words::width; block += 4) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < i; ++j) std::swap(w[i].v[block + j], w[j].v[block + i]);
+    }
+  }
+}
+inline Vec<double> low_half(Vec<float> a) {
+  Vec<double> r;
+  for (int i = 0; i < Vec<double>::width; ++i) r.v[i] = a.v[i];
+  return r;
+}
+inline Vec<double> high_half(Vec<float> a) {
+  Vec<double> r;
+  for (int i = 0; i < Vec<double>::width; ++i) r.v[i] = a.v[i + Vec<double>::width];
+  return r;
+}
 
 template <class H>
 inline Vec<float> load(const H* p) {
@@ -384,6 +511,15 @@ inline void store(H* p, Vec<float> a) {
 
 #undef FASTGEN_EACH
 
+#endif
+
+#if !defined(FASTGEN_SIMD_AVX512)
+inline Vec<float> scale2(Vec<float> a, Vec<float> n) {
+  // Two factors reach the subnormals and infinity without leaving the range of one.
+  const Vec<float> half = floor(n * Vec<float>(0.5f));
+  const auto factor = [](Vec<float> k) { return as_float((to_int(k) + Words(127u)).shl<23>()); };
+  return a * factor(half) * factor(n - half);
+}
 #endif
 
 inline Vec<float> load(const float* p) { return Vec<float>::load(p); }
@@ -410,6 +546,25 @@ inline void store_n(H* p, Vec<float> a, int n) {
   std::memcpy(static_cast<void*>(p), lanes, static_cast<std::size_t>(n) * sizeof(H));
 }
 
+// The first n lanes, n <= width.
+template <class S>
+inline auto load_lanes(const S* p, int n) {
+  using V = decltype(load(p));
+  return n == V::width ? load(p) : load_n(p, n);
+}
+
+// store(out + i, f(load(in + i)...)) for n elements of each pointer.
+template <class S, class F, class... In>
+inline void transform(std::int64_t n, S* out, F f, const In*... in) {
+  constexpr int kWidth = decltype(load(out))::width;
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, f(load(in + i)...));
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    store_n(out + i, f(load_n(in + i, rest)...), rest);
+  }
+}
+
 // Lanes combined in a fixed tree, so the same lanes give the same bits.
 template <class T, class F>
 inline T reduce(Vec<T> a, F combine) {
@@ -424,6 +579,29 @@ template <class T>
 inline T sum(Vec<T> a) {
   return reduce(a, [](T x, T y) { return x + y; });
 }
+
+// The smallest lane. Which of 0 and -0 counts as smaller is left open.
+template <class T>
+inline T least(Vec<T> a) {
+  return reduce(a, [](T x, T y) { return x < y ? x : y; });
+}
+#if defined(FASTGEN_SIMD_AVX512)
+template <>
+inline float least(Vec<float> a) {
+  return _mm512_reduce_min_ps(a.v);
+}
+template <>
+inline double least(Vec<double> a) {
+  return _mm512_reduce_min_pd(a.v);
+}
+#elif defined(FASTGEN_SIMD_AVX2)
+template <>
+inline float least(Vec<float> a) {
+  __m128 m = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_min_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_min_ss(m, _mm_movehdup_ps(m)));
+}
+#endif
 
 // A running sum whose rounding error grows with n / 16 instead of n: short runs are added up first.
 template <class T>
@@ -440,6 +618,68 @@ struct CascadeSum {
   }
   T value() const { return sum(total + run); }
 };
+
+// The lanes of a Vec<T> as doubles, for sums that must not lose what T loses.
+template <class T>
+struct Wide {
+  static constexpr int parts = sizeof(double) / sizeof(T);
+  Vec<double> part[parts];
+  Wide() : Wide(0.0) {}
+  explicit Wide(double s) {
+    for (int i = 0; i < parts; ++i) part[i] = Vec<double>(s);
+  }
+};
+inline Wide<double> widen(Vec<double> a) {
+  Wide<double> r;
+  r.part[0] = a;
+  return r;
+}
+inline Wide<float> widen(Vec<float> a) {
+  Wide<float> r;
+  r.part[0] = low_half(a);
+  r.part[1] = high_half(a);
+  return r;
+}
+template <class T>
+inline Wide<T> operator+(Wide<T> a, Wide<T> b) {
+  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] + b.part[i];
+  return a;
+}
+template <class T>
+inline Wide<T> operator-(Wide<T> a, Wide<T> b) {
+  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] - b.part[i];
+  return a;
+}
+template <class T>
+inline Wide<T> fma(Wide<T> a, Wide<T> b, Wide<T> c) {
+  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = fma(a.part[i], b.part[i], c.part[i]);
+  return a;
+}
+template <class T>
+inline double sum(Wide<T> a) {
+  for (int i = 1; i < Wide<T>::parts; ++i) a.part[0] = a.part[0] + a.part[i];
+  return sum(a.part[0]);
+}
+template <class T>
+inline Wide<T> load_wide(const double* p, int n) {
+  Wide<T> r;
+  for (int i = 0; i < Wide<T>::parts; ++i) {
+    const int first = i * Vec<double>::width, rest = n - first;
+    if (rest > 0) r.part[i] = load_lanes(p + first, rest < Vec<double>::width ? rest : Vec<double>::width);
+  }
+  return r;
+}
+template <class T>
+inline void store_n(double* p, Wide<T> a, int n) {
+  for (int i = 0; i < Wide<T>::parts; ++i) {
+    const int first = i * Vec<double>::width, rest = n - first;
+    if (rest >= Vec<double>::width) {
+      a.part[i].store(p + first);
+    } else if (rest > 0) {
+      a.part[i].store_n(p + first, rest);
+    }
+  }
+}
 
 // Applies a scalar function lane by lane: for double, where no vector version is worth its size.
 template <class T, class F>

@@ -4,13 +4,15 @@
 
 namespace fastgen::FASTGEN_ISA_NS {
 
-// 2^n for integral n in [-126, 127].
-inline Vec<float> exp2i(Vec<float> n) { return as_float((to_int(n) + Words(127u)).shl<23>()); }
+// x = n * log(2) + r with |r| <= log(2) / 2, and exp(r) = 1 + r + r^2 * p.
+struct ExpTerms {
+  Vec<float> n, r, p;
+};
 
-inline Vec<float> exp(Vec<float> x) {
+FASTGEN_INLINE ExpTerms exp_terms(Vec<float> x) {
   using V = Vec<float>;
-  // min/max drop NaN, so NaN is put back at the end.
-  const V clamped = min(max(x, V(-104.0f)), V(89.0f));
+  // In this order of arguments min and max keep NaN.
+  const V clamped = min(V(89.0f), max(V(-104.0f), x));
   const V n = round(clamped * V(1.44269504088896341f));
   V r = fnma(n, V(0.693359375f), clamped);
   r = fnma(n, V(-2.12194440e-4f), r);
@@ -20,10 +22,27 @@ inline Vec<float> exp(Vec<float> x) {
   p = fma(p, r, V(4.1665795894e-2f));
   p = fma(p, r, V(1.6666665459e-1f));
   p = fma(p, r, V(5.0000001201e-1f));
-  p = fma(p, r * r, r) + V(1.0f);
-  // Two factors reach the subnormals and infinity without leaving exp2i's range.
-  const V half = floor(n * V(0.5f));
-  return select(is_nan(x), x, p * exp2i(half) * exp2i(n - half));
+  return {n, r, p};
+}
+
+FASTGEN_INLINE Vec<float> exp(const ExpTerms& t) {
+  return scale2(fma(t.p, t.r * t.r, t.r) + Vec<float>(1.0f), t.n);
+}
+inline Vec<float> exp(Vec<float> x) { return exp(exp_terms(x)); }
+
+// exp(x), exp(x) - 1 and exp(x) - 1 - x, without cancellation near zero.
+template <class T>
+struct ExpExcess {
+  Vec<T> exp, expm1, excess;
+};
+
+FASTGEN_INLINE ExpExcess<float> exp_excess(Vec<float> x) {
+  using V = Vec<float>;
+  const ExpTerms t = exp_terms(x);
+  const V square = t.r * t.r, near = fma(t.p, square, t.r);
+  const V e = scale2(near + V(1.0f), t.n), far = e - V(1.0f);
+  const Mask<float> unscaled = t.n == V(0.0f);
+  return {e, select(unscaled, near, far), select(unscaled, t.p * square, far - x)};
 }
 
 inline Vec<float> log(Vec<float> x) {
@@ -101,6 +120,10 @@ inline Vec<float> atan(Vec<float> x) {
 
 inline Vec<double> exp(Vec<double> x) {
   return map(x, [](double a) { return std::exp(a); });
+}
+inline ExpExcess<double> exp_excess(Vec<double> x) {
+  const Vec<double> m = map(x, [](double a) { return std::expm1(a); });
+  return {exp(x), m, m - x};
 }
 inline Vec<double> log(Vec<double> x) {
   return map(x, [](double a) { return std::log(a); });

@@ -17,6 +17,8 @@ struct Tokens {
 
   Tokens(const Tensor& x, bool with_heads);
 
+  bool dense() const { return element_stride == 1 && (rows <= 1 || (inner == rows && inner_stride == size)); }
+
   std::int64_t offset(std::int64_t head, std::int64_t row) const {
     return head * head_stride + row / inner * outer_stride + row % inner * inner_stride;
   }
@@ -45,9 +47,11 @@ struct FoundRows {
 
 constexpr std::int64_t kBlockRows = 240;
 
-// Rows [first, first + count) of a head, dense and in the arithmetic type.
+// Rows [first, first + count) of a head, dense and in the arithmetic type: where they lie, if they lie so, else
+// copied to `buffer`.
 template <class S>
-void read_rows(const Tokens& tokens, std::int64_t head, std::int64_t first, std::int64_t count, acc_t<S>* out);
+const acc_t<S>* dense_rows(const Tokens& tokens, std::int64_t head, std::int64_t first, std::int64_t count,
+                           acc_t<S>* buffer);
 
 // Rows a block; a function of the number of rows alone, so that sums by block never depend on threads.
 std::int64_t block_rows(std::int64_t rows);

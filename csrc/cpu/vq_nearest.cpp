@@ -31,7 +31,8 @@ struct SearchBlock {
   std::int64_t count;
   std::int64_t* indices;
   T* distance;         // may be null
-  T *tiles, *tile;     // kBlockRows x D, kTileRows x D
+  T *centred, *tile;   // kBlockRows x D, kMaxTileRows x D
+  double* wide;        // D x panel width
   T* lanes;            // kBlockRows x 3 vectors
   T* norms;            // kBlockRows
   std::int64_t* open;  // kBlockRows
@@ -115,14 +116,23 @@ template struct Codebook<float>;
 template struct Codebook<double>;
 
 template <class S>
-void read_rows(const Tokens& tokens, std::int64_t head, std::int64_t first, std::int64_t count, acc_t<S>* out) {
-  const ReadRows<S> args{data<S>(tokens.tensor), &tokens, head, first, count, out};
+const acc_t<S>* dense_rows(const Tokens& tokens, std::int64_t head, std::int64_t first, std::int64_t count,
+                           acc_t<S>* buffer) {
+  const S* x = data<S>(tokens.tensor);
+  if constexpr (std::is_same_v<S, acc_t<S>>) {
+    if (tokens.dense()) return x + tokens.offset(head, first);
+  }
+  const ReadRows<S> args{x, &tokens, head, first, count, buffer};
   FASTGEN_DISPATCH_ISA(read_rows, args);
+  return buffer;
 }
-template void read_rows<float>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, float*);
-template void read_rows<double>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, double*);
-template void read_rows<Half>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, float*);
-template void read_rows<BFloat16>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, float*);
+#define FASTGEN_DENSE_ROWS(S)                                                                                     \
+  template const acc_t<S>* dense_rows<S>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, acc_t<S>*);
+FASTGEN_DENSE_ROWS(float)
+FASTGEN_DENSE_ROWS(double)
+FASTGEN_DENSE_ROWS(Half)
+FASTGEN_DENSE_ROWS(BFloat16)
+#undef FASTGEN_DENSE_ROWS
 
 std::int64_t block_rows(std::int64_t rows) {
   const std::int64_t sixteenth = (rows + 15) / 16;
@@ -288,15 +298,17 @@ class Packing {
 
 template <class T>
 struct SearchMemory {
-  std::vector<T> rows, tiles, tile, lanes, norms;
+  std::vector<T> rows, centred, tile, lanes, norms;
+  std::vector<double> wide;
   std::vector<std::int64_t> open;
 
   SearchMemory(std::int64_t size, std::int64_t width)
       : rows(kBlockRows * size),
-        tiles(kBlockRows * size),
+        centred(kBlockRows * size),
         tile(kMaxTileRows * size),
         lanes(kBlockRows * 3 * width),
         norms(kBlockRows),
+        wide(size * width),
         open(kBlockRows) {}
 };
 
@@ -309,14 +321,20 @@ void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes
     SearchMemory<T> memory(x.size, width);
     for (std::int64_t b = begin; b < end; ++b) {
       const std::int64_t first = b * step, count = std::min(step, x.rows - first), row = head * x.rows + first;
+      const T* rows = memory.rows.data();
       dispatch_dtype(x.tensor.scalar_type(), "vq", [&](auto* t) {
         using S = std::remove_pointer_t<decltype(t)>;
-        if constexpr (std::is_same_v<acc_t<S>, T>) read_rows<S>(x, head, first, count, memory.rows.data());
+        if constexpr (std::is_same_v<acc_t<S>, T>) rows = dense_rows<S>(x, head, first, count, memory.rows.data());
       });
-      const SearchBlock<T> block{memory.rows.data(),  count,
-                                 indices + row,       distance == nullptr ? nullptr : distance + row,
-                                 memory.tiles.data(), memory.tile.data(),
-                                 memory.lanes.data(), memory.norms.data(),
+      const SearchBlock<T> block{rows,
+                                 count,
+                                 indices + row,
+                                 distance == nullptr ? nullptr : distance + row,
+                                 memory.centred.data(),
+                                 memory.tile.data(),
+                                 memory.wide.data(),
+                                 memory.lanes.data(),
+                                 memory.norms.data(),
                                  memory.open.data()};
       FASTGEN_DISPATCH_ISA(search_block, codes, block);
       if (visit) visit({block.rows, block.indices, codes.codes, row, count, x.size}, head * blocks + b);

@@ -40,20 +40,35 @@ void read_rows(const ReadRows<S>& a) {
   }
 }
 
-// The float64 key that defines the answer; summed in order, like the reference.
+// The float64 key that defines the answer, from the sum of the terms below in order, as in the reference.
+template <class T>
+inline double key_of_sum(const PackedCodes<T>& c, double sum, std::int64_t k) {
+  if (!c.cosine) return sum;
+  return c.square[k] == 0 ? 0 : -sum * std::fabs(sum) / c.square[k];
+}
+
+// V is double or a vector of it. No fma: the reference has none.
+template <bool kCosine, class V>
+inline V add_term(V sum, V x, V e) {
+  if constexpr (kCosine) return sum + x * e;
+  const V difference = x - e;
+  return sum + difference * difference;
+}
+
+template <bool kCosine, class T>
+double sum_of_terms(const T* row, const T* code, std::int64_t size) {
+  double sum = 0;
+  for (std::int64_t j = 0; j < size; ++j) {
+    sum = add_term<kCosine>(sum, static_cast<double>(row[j]), static_cast<double>(code[j]));
+  }
+  return sum;
+}
+
 template <class T>
 double exact_key(const PackedCodes<T>& c, const T* row, std::int64_t k) {
   const T* code = c.codes + k * c.size;
-  double sum = 0;
-  if (!c.cosine) {
-    for (std::int64_t j = 0; j < c.size; ++j) {
-      const double difference = static_cast<double>(row[j]) - static_cast<double>(code[j]);
-      sum += difference * difference;
-    }
-    return sum;
-  }
-  for (std::int64_t j = 0; j < c.size; ++j) sum += static_cast<double>(row[j]) * static_cast<double>(code[j]);
-  return c.square[k] == 0 ? 0 : -sum * std::fabs(sum) / c.square[k];
+  const double sum = c.cosine ? sum_of_terms<true>(row, code, c.size) : sum_of_terms<false>(row, code, c.size);
+  return key_of_sum(c, sum, k);
 }
 
 template <class T>
@@ -80,39 +95,31 @@ struct Nearest {
   }
 };
 
-template <class T>
-std::int64_t nearest_by_key(const PackedCodes<T>& c, const T* row) {
-  Nearest nearest;
-  for (std::int64_t k = 0; k < c.count; ++k) nearest.offer(exact_key(c, row, k), k);
-  return nearest.index;
-}
-
-// Centres `count` rows, interleaves them (element j of row i at tile[j * R + i]) and gives an upper bound of their
-// lengths. Missing rows are zero.
+// Centres `count` rows and gives an upper bound of their lengths. Missing rows of the last tile are zero.
 template <class T, int R>
-void centre_tile(const PackedCodes<T>& c, const T* rows, std::int64_t count, T* tile, T* norms) {
+void centre_rows(const PackedCodes<T>& c, const T* rows, std::int64_t count, T* centred, T* norms) {
   using V = Vec<T>;
-  const T rounding = static_cast<T>(c.size + 8) * std::numeric_limits<T>::epsilon();
+  const T rounding = T(1) + static_cast<T>(c.size + 8) * std::numeric_limits<T>::epsilon();
   const T underflow = static_cast<T>(c.size) * std::numeric_limits<T>::min();
-  for (std::int64_t i = 0; i < R; ++i) {
-    if (i >= count) {
-      for (std::int64_t j = 0; j < c.size; ++j) tile[j * R + i] = T(0);
-      continue;
-    }
+  for (std::int64_t i = 0; i < count; ++i) {
     const T* row = rows + i * c.size;
+    T* out = centred + i * c.size;
     V squares(T(0));
     std::int64_t j = 0;
-    alignas(64) T lanes[V::width];
-    for (; j < c.size; j += V::width) {
-      const int n = static_cast<int>(std::min<std::int64_t>(V::width, c.size - j));
-      const V centred =
-          n == V::width ? load(row + j) - load(c.mean + j) : load_n(row + j, n) - load_n(c.mean + j, n);
-      squares = fma(centred, centred, squares);
-      store(static_cast<T*>(lanes), centred);
-      for (int l = 0; l < n; ++l) tile[(j + l) * R + i] = lanes[l];
+    for (; j + V::width <= c.size; j += V::width) {
+      const V x = load(row + j) - load(c.mean + j);
+      squares = fma(x, x, squares);
+      store(out + j, x);
     }
-    norms[i] = std::sqrt(sum(squares) + underflow) * (T(1) + rounding);
+    if (j < c.size) {
+      const int n = static_cast<int>(c.size - j);
+      const V x = load_n(row + j, n) - load_n(c.mean + j, n);
+      squares = fma(x, x, squares);
+      store_n(out + j, x, n);
+    }
+    norms[i] = std::sqrt(sum(squares) + underflow) * rounding;
   }
+  std::fill_n(centred + count * c.size, ((count + R - 1) / R * R - count) * c.size, T(0));
 }
 
 // Scores of R rows against one panel: low for its first vector of codes, high for its second.
@@ -130,12 +137,12 @@ inline void score_panel(const T* tile, const T* panel, const T* start, std::int6
     const V code_low = load(panel), code_high = load(panel + V::width);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const V x = V(tile[i]);
+      const V x = V(tile[i * size]);
       low[i] = fma(x, code_low, low[i]);
       high[i] = fma(x, code_high, high[i]);
     }
     panel += 2 * V::width;
-    tile += R;
+    ++tile;
   }
 }
 
@@ -176,76 +183,148 @@ void scan_panels(const PackedCodes<T>& c, const T* tile, std::int64_t first, std
   }
 }
 
-// How far apart the scores of two codes must be for their order to be certain, for a row of length at most x whose
-// best score is `best`. Infinite where the arithmetic could overflow.
+// How far apart the scores of two codes must be for their order to be certain, for a row of length at most x.
 //
 // With u the unit roundoff of T: centring moves each of x, e by at most u times its length; the score then is size
 // products and additions, each wrong by a factor of at most 1 + u. So a score is within (size + 8) u (e^2 + 2 x e)
-// of its exact value, where e is the length of the longest code that matters: a code longer than x + sqrt(best
-// distance) is farther than the best one whatever its score. The last two terms cover the float64 keys that the
-// order is defined by, and underflow.
+// of its exact value, where e is the length of the longest code that matters. Two more terms cover the float64
+// keys that the order is defined by, and underflow. All are rounded up to 1.01.
 template <class T>
-double certain_gap(const PackedCodes<T>& c, double x, double best) {
-  const double unit = std::numeric_limits<T>::epsilon() / 2, size = static_cast<double>(c.size);
-  const double slack = 1.01 * (size + 12) * unit;
-  const auto terms = [&](double e) { return c.cosine ? 2 * x * e : e * e + 2 * x * e; };
-  double e = c.reach;
-  if (slack > 0.01 || !(terms(e) < std::numeric_limits<T>::max() / 16) || (c.cosine && x < kSafeLength)) {
-    return std::numeric_limits<double>::infinity();
-  }
-  if (!c.cosine) e = std::min(e, 1.001 * (x + std::sqrt(std::max(0.0, x * x + best + slack * terms(e)))));
-  const double key = (size + 8) * std::numeric_limits<double>::epsilon() * (c.cosine ? x : (x + e) * (x + e));
-  const double underflow = 16 * size * std::numeric_limits<T>::min() * (1 + x + e);
-  return 2 * (slack * terms(e) + key + underflow);
-}
+struct CertainGap {
+  const PackedCodes<T>& codes;
+  double slack, key, underflow;
+  double longest_row;                // above, scores could overflow
+  double shortest_row;               // below, keys could underflow
+  double at_zero, slope, curvature;  // of the gap as a function of x, for e = codes.reach
 
-// Settles one row from its lanes: its code, or -1 and the score up to which codes must be compared by their keys.
+  explicit CertainGap(const PackedCodes<T>& c) : codes(c) {
+    const double size = static_cast<double>(c.size), most = std::numeric_limits<T>::max() / 64;
+    slack = 1.01 * (size + 12) * std::numeric_limits<T>::epsilon() / 2;
+    key = 1.01 * (size + 8) * std::numeric_limits<double>::epsilon();
+    underflow = 16 * size * std::numeric_limits<T>::min();
+    const bool usable = slack < 0.01 && c.reach * c.reach < most;
+    longest_row = usable ? std::min(std::sqrt(most), most / c.reach) : -1;
+    shortest_row = c.cosine ? kSafeLength : 0;
+    const double e = c.reach;
+    at_zero = 2 * (c.cosine ? underflow * (1 + e) : (slack + key) * e * e + underflow * (1 + e));
+    slope = 2 * (2 * slack * e + underflow + (c.cosine ? key : 2 * key * e));
+    curvature = c.cosine ? 0 : 2 * key;
+  }
+
+  bool covers(double x) const { return x <= longest_row && x >= shortest_row; }
+
+  double operator()(double x) const { return at_zero + x * (slope + x * curvature); }
+
+  // A smaller one where long codes are far from the row: a code longer than x + sqrt(best distance) is farther
+  // than the best one whatever its score.
+  double refined(double x, double best) const {
+    if (codes.cosine) return (*this)(x);
+    const double distance = std::max(0.0, x * x + best + (*this)(x));
+    const double e = std::min(codes.reach, 1.001 * (x + std::sqrt(distance)));
+    return 2 * (slack * (e * e + 2 * x * e) + key * (x + e) * (x + e) + underflow * (1 + x + e));
+  }
+};
+
+// What the lanes of a row prove: its code, or that all codes that score up to `limit` must be compared by their
+// keys, or, where that is infinite, all codes.
 template <class T>
-std::int64_t settle(const PackedCodes<T>& c, const T* lanes, T norm, T* limit) {
+struct Verdict {
+  std::int64_t index;
+  T limit;
+};
+
+template <class T>
+Verdict<T> settle(const CertainGap<T>& gap, const T* lanes, T norm) {
   using V = Vec<T>;
   constexpr int w = V::width;
   const V best = load(lanes), second = load(lanes + w);
-  const T least = reduce(best, [](T a, T b) { return std::min(a, b); });
-  const Mask<T> winners = best == V(least);
-  const unsigned bits = winners.bits();
-  const T next = reduce(select(winners, second, best), [](T a, T b) { return std::min(a, b); });
-  const double gap = certain_gap(c, static_cast<double>(norm), static_cast<double>(least));
-  const bool single = (bits & (bits - 1)) == 0;
-  if (single && static_cast<double>(next) - static_cast<double>(least) > gap) {
-    int lane = 0;
-    while (!(bits >> lane & 1u)) ++lane;
-    return static_cast<std::int64_t>(lanes[2 * w + lane]) * w + lane;
+  const T first = least(best);
+  const unsigned bits = (best == V(first)).bits();
+  const double x = static_cast<double>(norm), score = static_cast<double>(first);
+  if (!gap.covers(x) || bits == 0) return {-1, std::numeric_limits<T>::infinity()};
+  if ((bits & (bits - 1)) == 0) {
+    const T next = least(select(best == V(first), second, best));
+    const double distance = static_cast<double>(next) - score;
+    if (distance > gap(x) || distance > gap.refined(x, score)) {
+      const int lane = __builtin_ctz(bits);
+      return {static_cast<std::int64_t>(lanes[2 * w + lane]) * w + lane, T(0)};
+    }
   }
   // Twice, for the rounding of the sum.
-  *limit = static_cast<T>(static_cast<double>(least) + 2 * gap);
-  return -1;
+  return {-1, static_cast<T>(score + 2 * std::min(gap(x), gap.refined(x, score)))};
 }
 
-// Compares, for R rows of `list`, the keys of all codes that score up to the row's limit.
+// The codes of panel p as given, in float64, interleaved like the panel.
+template <class T>
+void widen_panel(const PackedCodes<T>& c, std::int64_t p, double* wide) {
+  const std::int64_t width = panel_width<T>();
+  for (std::int64_t lane = 0; lane < width; ++lane) {
+    const std::int64_t k = p * width + lane;
+    for (std::int64_t j = 0; j < c.size; ++j) {
+      wide[j * width + lane] = k < c.count ? static_cast<double>(c.codes[k * c.size + j]) : 0;
+    }
+  }
+}
+
+// The sums of terms of a row with all codes of a widened panel.
+template <bool kCosine, class T>
+void sums_of_panel(const T* row, const double* wide, std::int64_t size, double* sums) {
+  using D = Vec<double>;
+  constexpr int width = 2 * Vec<T>::width, n = width / D::width;
+  D total[n];
+  for (int v = 0; v < n; ++v) total[v] = D(0.0);
+  for (std::int64_t j = 0; j < size; ++j) {
+    const D x(static_cast<double>(row[j]));
+    for (int v = 0; v < n; ++v) total[v] = add_term<kCosine>(total[v], x, load(wide + j * width + v * D::width));
+  }
+  for (int v = 0; v < n; ++v) store(sums + v * D::width, total[v]);
+}
+
+// Offers the codes of panel p whose bits are set. wide: the widened panel, or null where they are few.
+template <class T>
+void offer_codes(const PackedCodes<T>& c, const T* row, std::int64_t p, unsigned bits, const double* wide,
+                 Nearest& nearest) {
+  constexpr int width = 2 * Vec<T>::width;
+  double sums[width];
+  if (wide != nullptr) {
+    c.cosine ? sums_of_panel<true>(row, wide, c.size, sums) : sums_of_panel<false>(row, wide, c.size, sums);
+  }
+  for (int lane = 0; lane < width; ++lane) {
+    const std::int64_t k = p * width + lane;
+    if (!(bits >> lane & 1u) || k >= c.count) continue;
+    nearest.offer(wide != nullptr ? key_of_sum(c, sums[lane], k) : exact_key(c, row, k), k);
+  }
+}
+
+// Compares, for n <= R rows of `list`, the keys of all codes that score up to the row's limit, which b.norms
+// holds.
 template <class T, int R>
 void compare_candidates(const PackedCodes<T>& c, const SearchBlock<T>& b, const std::int64_t* list,
                         std::int64_t n) {
   using V = Vec<T>;
-  constexpr int w = V::width;
+  constexpr int w = V::width, width = 2 * w;
   Nearest nearest[R];
-  T limit[R];
-  for (int i = 0; i < R; ++i) {
-    const std::int64_t row = list[std::min<std::int64_t>(i, n - 1)];
-    const T* source = b.tiles + row / R * R * c.size + row % R;
-    for (std::int64_t j = 0; j < c.size; ++j) b.tile[j * R + i] = source[j * R];
-    limit[i] = i < n ? b.norms[row] : -std::numeric_limits<T>::infinity();
+  for (std::int64_t i = 0; i < R; ++i) {
+    std::copy_n(b.centred + list[std::min(i, n - 1)] * c.size, c.size, b.tile + i * c.size);
   }
-  const auto compare = [&](int i, Vec<T> score, std::int64_t k) {
-    for (unsigned bits = (score <= V(limit[i])).bits(); bits != 0; bits >>= 1, ++k) {
-      if (bits & 1u) nearest[i].offer(exact_key(c, b.rows + list[i] * c.size, k), k);
-    }
-  };
   for (std::int64_t p = 0; p < c.panel_count; ++p) {
     V low[R], high[R];
-    score_panel<T, R>(b.tile, c.panels + p * 2 * w * c.size, c.start + p * 2 * w, c.size, low, high);
-    for (int i = 0; i < R; ++i) {
-      compare(i, low[i], p * 2 * w);
-      compare(i, high[i], p * 2 * w + w);
+    score_panel<T, R>(b.tile, c.panels + p * width * c.size, c.start + p * width, c.size, low, high);
+    unsigned bits[R];
+    int total = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      const T limit = b.norms[list[i]];
+      bits[i] = (low[i] <= V(limit)).bits() | (high[i] <= V(limit)).bits() << w;
+      if (!std::isfinite(limit)) bits[i] = ~0u;
+      total += __builtin_popcount(bits[i]);
+    }
+    // Interleaving a panel costs about as much as one row's keys for it.
+    const bool many = total > width;
+    if (many) widen_panel(c, p, b.wide);
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (bits[i] != 0) {
+        offer_codes(c, b.rows + list[i] * c.size, p, bits[i], many ? b.wide : nullptr, nearest[i]);
+      }
     }
   }
   for (std::int64_t i = 0; i < n; ++i) b.indices[list[i]] = nearest[i].index;
@@ -262,30 +341,29 @@ void search_tiles(const PackedCodes<T>& c, const SearchBlock<T>& b) {
   constexpr int w = V::width;
   const std::int64_t tiles = (b.count + R - 1) / R, chunk_bytes = 2 * w * c.size * sizeof(T);
   const std::int64_t chunk = std::max<std::int64_t>(1, kChunkBytes / std::max<std::int64_t>(1, chunk_bytes));
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    centre_tile<T, R>(c, b.rows + t * R * c.size, b.count - t * R, b.tiles + t * R * c.size, b.norms + t * R);
-  }
+  centre_rows<T, R>(c, b.rows, b.count, b.centred, b.norms);
   std::fill_n(b.lanes, tiles * R * 3 * w, std::numeric_limits<T>::infinity());
   for (std::int64_t p = 0; p < c.panel_count; p += chunk) {
     const std::int64_t last = std::min(p + chunk, c.panel_count);
     for (std::int64_t t = 0; t < tiles; ++t) {
-      scan_panels<T, R>(c, b.tiles + t * R * c.size, p, last, b.lanes + t * R * 3 * w);
+      scan_panels<T, R>(c, b.centred + t * R * c.size, p, last, b.lanes + t * R * 3 * w);
     }
   }
 
+  const CertainGap<T> gap(c);
   std::int64_t open = 0;
   for (std::int64_t i = 0; i < b.count; ++i) {
     const T* row = b.rows + i * c.size;
-    T limit;
-    b.indices[i] = settle(c, b.lanes + i * 3 * w, b.norms[i], &limit);
-    if (b.indices[i] >= 0) continue;
-    if (!std::isfinite(limit)) {
-      b.indices[i] = all_finite(row, c.size) ? nearest_by_key(c, row) : 0;
+    const Verdict<T> verdict = settle(gap, b.lanes + i * 3 * w, b.norms[i]);
+    b.indices[i] = verdict.index;
+    if (verdict.index >= 0) continue;
+    if (!all_finite(row, c.size)) {
+      b.indices[i] = 0;
     } else if (open > 0 && std::equal(row, row + c.size, b.rows + b.open[open - 1] * c.size)) {
       // Runs of equal rows (padding) are compared once.
       b.indices[i] = -1 - b.open[open - 1];
     } else {
-      b.norms[i] = limit;
+      b.norms[i] = verdict.limit;
       b.open[open++] = i;
     }
   }

@@ -68,10 +68,14 @@ void grad_rows(const Tokens& grads, const Tokens& x, const Codebook<acc_t<S>>& c
     for (std::int64_t b = begin; b < end; ++b) {
       const std::int64_t head = b / blocks, first = b % blocks * step, count = std::min(step, x.rows - first);
       const std::int64_t row = head * x.rows + first;
-      read_rows<S>(grads, head, first, count, grad.data());
-      read_rows<S>(x, head, first, count, rows.data());
-      const QuantizeBackward<S> args{grad.data(), rows.data(), indices + row, codes.head(head),
-                                     count,       x.size,      pull,          out + row * x.size};
+      const QuantizeBackward<S> args{dense_rows<S>(grads, head, first, count, grad.data()),
+                                     dense_rows<S>(x, head, first, count, rows.data()),
+                                     indices + row,
+                                     codes.head(head),
+                                     count,
+                                     x.size,
+                                     pull,
+                                     out + row * x.size};
       FASTGEN_DISPATCH_ISA(quantize_backward, args);
     }
   });

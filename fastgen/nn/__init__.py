@@ -1,6 +1,20 @@
 """Layers over the ops: they hold parameters and state, and leave the arithmetic to fastgen.ops."""
 
+from fastgen.nn.adain import AdaIN
+from fastgen.nn.coupling import AffineCoupling, RQSplineCoupling
+from fastgen.nn.gaussian_reparam import GaussianReparam
+from fastgen.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastgen.nn.residual_vq import ResidualVQ
 from fastgen.nn.vector_quantizer import VectorQuantizer
 
-__all__ = ["ResidualVQ", "VectorQuantizer"]
+__all__ = [
+    "AdaIN",
+    "AffineCoupling",
+    "GaussianReparam",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "RQSplineCoupling",
+    "ResidualVQ",
+    "VectorQuantizer",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,19 +24,20 @@ def sum_per_sample(t: Tensor) -> Tensor:
     return t.sum(tuple(range(1, t.dim()))) if t.dim() > 1 else t.clone()
 
 
-def autocast_promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_promote(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The "promote" autocast policy: under autocast, mixed dtypes become the widest of them.
 
-    Outside autocast nothing is cast, and mixed dtypes are an error of the caller.
+    Outside autocast nothing is cast, and mixed dtypes are an error of the caller. None stays None.
     """
-    if not all(isinstance(t, Tensor) for t in tensors):
+    given = [t for t in tensors if t is not None]
+    if not all(isinstance(t, Tensor) for t in given):
         return tensors
-    if not torch.is_autocast_enabled(tensors[0].device.type):
+    if not torch.is_autocast_enabled(given[0].device.type):
         return tensors
-    widest = tensors[0].dtype
-    for t in tensors[1:]:
+    widest = given[0].dtype
+    for t in given[1:]:
         widest = torch.promote_types(widest, t.dtype)
-    return tuple(t.to(widest) for t in tensors)
+    return tuple(None if t is None else t.to(widest) for t in tensors)
 
 
 def reference_vjp(

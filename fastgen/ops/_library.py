@@ -17,6 +17,10 @@ from torch import Tensor
 
 from fastgen import _build
 
+#: Names of the instruction sets of the CPU kernels; raw operators `cpu_isa` and `force_cpu_isa`
+#: speak of them by position.
+CPU_ISAS = ("portable", "avx2", "avx512")
+
 LIBRARY = torch.library.Library("fastgen", "DEF")
 
 
@@ -62,7 +66,7 @@ def register_vmap_loop(name: str) -> None:
         slices = [
             op(
                 *(
-                    arg if dim is None else arg.select(dim, i)
+                    arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
                     for arg, dim in zip(args, in_dims, strict=True)
                 )
             )
@@ -92,6 +96,7 @@ def _load(module: str, expected: bool, why_not: str) -> str | None:
 
 
 define("cpu_isa() -> int")
+define("best_cpu_isa() -> int")
 define("force_cpu_isa(int isa) -> int")
 
 _BUILD = _build.info()

@@ -59,7 +59,7 @@ def vq_codebook_stats_reference(
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch; arguments as :func:`vq_codebook_stats`, all positional."""
     _check_range(indices, codebook_size)
-    rows = x.reshape(-1, x.shape[-1]).to(accumulate_dtype(x.dtype))
+    rows = x.reshape(indices.numel(), x.shape[-1]).to(accumulate_dtype(x.dtype))
     flat = indices.reshape(-1)
     counts = rows.new_zeros(codebook_size).index_add(
         0, flat, torch.ones_like(flat, dtype=rows.dtype)
@@ -98,11 +98,7 @@ def _cpu(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor
 def _prepare(x: Tensor, indices: Tensor, codebook_size: int) -> tuple:
     _check.floating(x, "x")
     _check.rank(x, "x", 1, "at least one dimension, (..., D)")
-    _check.is_tensor(indices, "indices")
-    if indices.dtype != torch.int64:
-        raise TypeError(
-            f"indices: expected dtype int64, got {str(indices.dtype).removeprefix('torch.')}"
-        )
+    _check.has_dtype(indices, "indices", torch.int64)
     _check.same_device(indices, "indices", x, "x")
     _check.shape(indices, "indices", x.shape[:-1], "that of x without D")
     _check.positive_int(codebook_size, "codebook_size")

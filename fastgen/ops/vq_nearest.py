@@ -106,7 +106,8 @@ def vq_nearest_reference(
     codes = heads.movedim(-1, 0).unsqueeze(-2).contiguous()
     squares = _sum_in_order(heads.square()).unsqueeze(-2)
     # Inductor fuses the whole search into one loop over the keys; cut up, it would be unrolled.
-    chunk = rows.shape[1] if torch.compiler.is_compiling() else CHUNK // squares.numel()
+    whole = torch.compiler.is_compiling()
+    chunk = rows.shape[1] if whole else CHUNK // max(squares.numel(), 1)
     indices, distances = [], []
     for part in rows.split(max(chunk, 1), dim=1):
         part = part.to(torch.float64)

@@ -88,12 +88,13 @@ def _straight_through(
 ) -> tuple[Tensor, Tensor]:
     """quantized and loss, for given indices."""
     dtype = accumulate_dtype(x.dtype)
+    codes = codebook.to(dtype)
     if codebook.dim() == 3:
-        e = codebook.gather(1, indices.unsqueeze(-1).expand(*indices.shape, codebook.shape[-1]))
+        e = codes.gather(1, indices.unsqueeze(-1).expand(*indices.shape, codes.shape[-1]))
     else:
-        e = codebook[indices]
-    quantized = e.detach() + (x - x.detach())
-    x, e = x.to(dtype), e.to(dtype)
+        e = codes[indices]
+    quantized = e.detach().to(x.dtype) + (x - x.detach())
+    x = x.to(dtype)
     to_code = (x.detach() - e).square().sum()
     to_x = (x - e.detach()).square().sum()
     loss = (codebook_weight * to_code + commitment_weight * to_x) / max(x.numel(), 1)
@@ -121,8 +122,10 @@ class _VQQuantize(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         x, codebook, *ctx.weights = inputs
-        _, indices, _ = output
-        ctx.mark_non_differentiable(indices)
+        quantized, indices, _ = output
+        # Straight-through: the codebook gets no gradient from `quantized`.
+        constants = (indices,) if ctx.needs_input_grad[0] else (quantized, indices)
+        ctx.mark_non_differentiable(*constants)
         ctx.save_for_backward(x, codebook, indices)
         # Undefined gradients would be filled in for the indices too.
         ctx.set_materialize_grads(False)

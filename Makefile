@@ -1,0 +1,86 @@
+# Set-up, tests and packaging of fastgen; `make help` lists the targets. Every path is relative to this folder,
+# so the targets work through `make -C DIR` and where DIR contains spaces.
+
+PYTHON ?= python3
+# Any requirement that pip accepts: TORCH=torch takes the index's default build (on Linux the CUDA one).
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := .venv/bin
+STAMPS := .venv/stamps
+BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+ASAN_BUILD := build/asan
+
+# clang-format comes from the virtual environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help dev demo test test-slow test-asan lint format bench wheel gpu-check clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo '  Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  ARGS= (passed on by test, test-slow, bench)'
+
+dev: $(STAMPS)/built ## make .venv, install what is needed, build and install fastgen in editable mode
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'fastgen needs Python 3.10 or newer; choose one with: make dev PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo '$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(BIN)/python -m pip install -q 'setuptools>=77' ninja numpy
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install '$(TORCH)'
+	@touch $@
+
+$(STAMPS)/built: $(STAMPS)/torch $(BUILD_INPUTS)
+	@echo 'Compiling the kernels: minutes the first time, afterwards only what changed.'
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,dev]'
+	@touch $@
+
+demo: dev ## train a small model for a minute and draw samples
+	$(BIN)/python -m fastgen.demo $(ARGS)
+
+test: dev ## the fast suite; a kernel that should be there and is missing is an error
+	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+
+test-slow: dev ## the long tests: packaging, training to convergence
+	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-asan: dev ## the op tests against kernels built with the address and undefined-behaviour sanitizers
+	sh tests/run_asan.sh $(BIN)/python $(ASAN_BUILD) $(ARGS)
+
+lint: dev ## check style and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/python -m mypy
+
+format: dev ## rewrite the sources in the project's style
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+	clang-format -i $(CXX_SOURCES)
+
+bench: dev ## run the benchmarks: make bench ARGS=adain
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+wheel: dev ## build dist/fastgen-*.whl
+	rm -rf build/lib.* build/bdist.* dist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+gpu-check: dev ## on a machine with an NVIDIA GPU: what is there, and the tests that need it
+	@$(BIN)/python -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)' || \
+	  { echo 'make gpu-check needs an NVIDIA GPU and a PyTorch built with CUDA (make dev TORCH=torch); there is none here' >&2; exit 2; }
+	$(BIN)/python -m fastgen.info
+	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean: ## remove everything that make dev, test and wheel made
+	rm -rf .venv build dist fastgen.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f fastgen/*.so fastgen/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

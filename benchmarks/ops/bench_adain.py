@@ -1,0 +1,52 @@
+"""adain: reads x, writes y, scale and shift are negligible; the peer is torch's own normalisation
+followed by the same affine map."""
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case
+from fastgen import ops
+
+
+def _torch(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    per_plane = (*x.shape[:2], *(1,) * (x.dim() - 2))
+    return torch.nn.functional.instance_norm(x) * scale.view(per_plane) + shift.view(per_plane)
+
+
+def _case(
+    batch: int,
+    channels: int,
+    *spatial: int,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Case:
+    shape = (batch, channels, *spatial)
+
+    def make() -> tuple[Tensor, ...]:
+        x = torch.randn(shape, dtype=dtype)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return (
+            x,
+            torch.randn(batch, channels, dtype=dtype),
+            torch.randn(batch, channels, dtype=dtype),
+        )
+
+    notes = ["channels_last"] * channels_last + ["bfloat16"] * (dtype == torch.bfloat16)
+    return Case(
+        op="adain",
+        size=" ".join(["x".join(map(str, shape)), *notes]),
+        make=make,
+        call=ops.adain,
+        grad=(0, 1, 2),
+        bytes=2 * dtype.itemsize * torch.Size(shape).numel(),
+        peers={"torch": _torch},
+    )
+
+
+CASES = [
+    _case(8, 128, 128, 128),
+    _case(8, 128, 128, 128, channels_last=True),
+    _case(8, 128, 128, 128, dtype=torch.bfloat16),
+    _case(8, 512, 4, 4),
+]

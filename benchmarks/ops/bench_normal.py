@@ -1,0 +1,26 @@
+"""normal: writes its result. The peer is torch's own stateful generator."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case
+from fastgen import ops, random
+
+
+def _case(count: int) -> Case:
+    def torch_randn(key: Tensor) -> Tensor:
+        return torch.randn(count)
+
+    return Case(
+        op="normal",
+        size=str(count),
+        make=lambda: (random.make_key(1),),
+        call=partial(ops.normal, size=(count,)),
+        bytes=4 * count,
+        peers={"torch.randn": torch_randn},
+    )
+
+
+CASES = [_case(2**24), _case(2**16), _case(64)]

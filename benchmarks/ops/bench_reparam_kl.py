@@ -1,0 +1,33 @@
+"""reparam_kl: reads mu and logvar, writes z; kl is negligible. Noise is made from a drawn key.
+
+The reference makes the same noise as the kernels, which plain PyTorch is slow at. What people write
+instead, with torch.randn_like, is the peer "torch"; compiled, "torch randn compiled".
+"""
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case
+from fastgen import ops
+
+
+def eager(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """The usual way to write it."""
+    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+    kl = -0.5 * torch.sum(1 + logvar - mu.square() - logvar.exp(), dim=1)
+    return z, kl
+
+
+def _case(batch: int, size: int) -> Case:
+    return Case(
+        op="reparam_kl",
+        size=f"{batch}x{size}",
+        make=lambda: (torch.randn(batch, size), torch.randn(batch, size)),
+        call=ops.reparam_kl,
+        grad=(0, 1),
+        bytes=3 * 4 * batch * size,
+        peers={"torch": eager, "torch randn compiled": torch.compile(eager)},
+    )
+
+
+CASES = [_case(4096, 256), _case(65536, 16), _case(64, 20)]

@@ -1,0 +1,224 @@
+"""The command line: fastgen train | sample | eval | bench | info."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+_EXTRAS = {
+    "accelerate": "accelerate",
+    "jsonargparse": "jsonargparse",
+    "safetensors": "safetensors",
+    "tqdm": "tqdm",
+    "tensorboard": "tensorboard",
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+}
+
+_USAGE = """\
+usage: fastgen COMMAND ...
+
+  train RECIPE [--config FILE] [--data NAME] [--data-root DIR] [--run-dir DIR]
+        [--any.option VALUE]      train in a new run folder
+  train --resume RUN [--data-root DIR]
+  sample RUN [--num N] [--seed S] [--label L] [--temperature T] [--out PNG]
+  eval RUN                        measures on held-out data; writes RUN/eval.json
+  bench [OP]                      time an op against others (in a source checkout)
+  info                            versions, what was built, each op's backends
+
+fastgen train RECIPE --help lists a recipe's options; FASTGEN_DATA=DIR stands for --data-root."""
+
+
+class CommandError(Exception):
+    """A command line that cannot be followed; the message is one line that says what to do."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose complaints are `CommandError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        exit status: 0, 1 (the training failed), 2 (a bad request) or 130 (interrupted).
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if arguments else 2
+    return run_command(_dispatch, arguments)
+
+
+def run_command(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command; an error that the user can put right becomes one line and an exit status."""
+    try:
+        return command(arguments)
+    except CommandError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; a run goes on with fastgen train --resume RUN", 130)
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    command = arguments[0]
+    if command not in _COMMANDS:
+        raise CommandError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}")
+    return _COMMANDS[command](arguments[1:])
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"fastgen: error: {error}", file=sys.stderr)
+    return status
+
+
+def needs_training(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """Wrap a command that needs the extras: they are checked, and its errors become one line."""
+
+    def checked(arguments: Sequence[str]) -> int:
+        missing = [
+            pip for module, pip in _EXTRAS.items() if importlib.util.find_spec(module) is None
+        ]
+        if missing:
+            raise CommandError(
+                f"{', '.join(missing)} not installed; run: pip install 'fastgen[train]'"
+            )
+        from fastgen.data import DataError
+        from fastgen.training.errors import NonFiniteLossError, RunError
+
+        try:
+            return command(arguments)
+        except NonFiniteLossError as error:
+            return _fail(error, 1)
+        except (RunError, DataError) as error:
+            raise CommandError(str(error)) from error
+
+    return checked
+
+
+@needs_training
+def _train(arguments: Sequence[str]) -> int:
+    from fastgen.training.options import parse_train_options, train_help
+    from fastgen.training.runs import resume_run, start_run
+
+    resume = CommandParser("fastgen train", add_help=False)
+    resume.add_argument("--resume", type=Path)
+    if any(a == "--resume" or a.startswith("--resume=") for a in arguments):
+        resume.add_argument("recipe", nargs="?")
+        resume.add_argument("--data-root", "--data_root")
+        options = resume.parse_args(arguments)
+        run = resume_run(options.resume, options.data_root, options.recipe)
+    else:
+        recipe, rest = _split_recipe(arguments)
+        if recipe is None or "-h" in rest or "--help" in rest:
+            print(_USAGE if recipe is None else train_help(recipe))
+            return 0
+        wanted = parse_train_options(recipe, rest)
+        run = start_run(recipe, wanted.config, wanted.run_dir)
+    print(f"done: {run.path}")
+    return 0
+
+
+def _split_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(recipe, other arguments); None when only help is wanted."""
+    from fastgen.training.options import find_recipe
+    from fastgen.training.tasks import RECIPES
+
+    if arguments and not arguments[0].startswith("-"):
+        find_recipe(arguments[0])
+        return arguments[0], list(arguments[1:])
+    if "-h" in arguments or "--help" in arguments:
+        return None, []
+    raise CommandError(f"fastgen train needs a recipe first; known: {', '.join(sorted(RECIPES))}")
+
+
+@needs_training
+def _sample(arguments: Sequence[str]) -> int:
+    from fastgen.training.checkpoint import write_atomic
+    from fastgen.training.images import png_bytes
+    from fastgen.training.runs import sample_run
+
+    parser = CommandParser(
+        "fastgen sample", description="draw images from a trained run as one PNG grid"
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--num", type=_positive, default=64, help="images to draw (64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--label", type=int, help="class to draw; by default all in turn")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--data-root", help="where the data is, if it moved")
+    parser.add_argument("--out", type=Path, help="PNG file (RUN/samples/sample-seed<S>.png)")
+    options = parser.parse_args(arguments)
+    images = sample_run(
+        options.run,
+        options.num,
+        seed=options.seed,
+        label=options.label,
+        temperature=options.temperature,
+        data_root=options.data_root,
+    )
+    out = options.out or options.run / "samples" / f"sample-seed{options.seed}.png"
+    try:
+        write_atomic(out, png_bytes(images))
+    except OSError as error:
+        raise CommandError(
+            f"cannot write {out}: {error.strerror}; give another with --out"
+        ) from error
+    print(out)
+    return 0
+
+
+@needs_training
+def _eval(arguments: Sequence[str]) -> int:
+    from fastgen.training.runs import evaluate_run
+
+    parser = CommandParser(
+        "fastgen eval", description="measure a trained run on the held-out splits"
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data-root", help="where the data is, if it moved")
+    options = parser.parse_args(arguments)
+    measures = evaluate_run(options.run, options.data_root)
+    splits = list(measures)
+    print(f"{'':24}" + "".join(f"{split:>12}" for split in splits))
+    for name in measures[splits[0]]:
+        print(f"{name:24}" + "".join(f"{measures[split][name]:12.5g}" for split in splits))
+    return 0
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "run.py").is_file():
+        raise CommandError(
+            "the benchmarks are in the source checkout alone; run fastgen bench from there"
+        )
+    sys.path.insert(0, str(checkout))
+    return int(importlib.import_module("benchmarks.run").main(list(arguments)) or 0)
+
+
+def _info(arguments: Sequence[str]) -> int:
+    CommandParser("fastgen info", description="versions, builds and backends").parse_args(arguments)
+    from fastgen import info
+
+    return int(info.main() or 0)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+_COMMANDS = {"train": _train, "sample": _sample, "eval": _eval, "bench": _bench, "info": _info}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

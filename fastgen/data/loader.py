@@ -1,0 +1,84 @@
+"""Shuffled batches of tensors in memory, whose position is two integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class BatchLoader:
+    """Endless shuffled batches; a batch is a pure function of (seed, epoch, index).
+
+    The order of an epoch comes from a private generator, so nothing else that draws random numbers
+    can move it, and a loader set back to a position goes on exactly as the first one did. The last,
+    incomplete batch of an epoch is dropped. With several processes each takes its contiguous part
+    of the same joint batch.
+
+    Args:
+        tensors: named tensors with one common first dimension N; None values are left out.
+        batch_size: rows of the joint batch, a multiple of `world_size`.
+        seed: seed of the shuffling.
+        rank, world_size: which part of the joint batch is ours.
+        device: where the batches go.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor | None],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ):
+        self.tensors = {key: value for key, value in tensors.items() if value is not None}
+        sizes = {key: len(value) for key, value in self.tensors.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"tensors must have one common first dimension, got {sizes}")
+        self.size = next(iter(sizes.values()))
+        if not 1 <= batch_size <= self.size:
+            raise ValueError(
+                f"batch_size must be in [1, {self.size}] (the number of samples), got {batch_size}"
+            )
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size must be a multiple of the {world_size} processes, got {batch_size}"
+            )
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = device
+        self.epoch = 0
+        self.index = 0
+        part = batch_size // world_size
+        self._part = slice(rank * part, (rank + 1) * part)
+        self._order = self._shuffle()
+
+    def _shuffle(self) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        return torch.randperm(self.size, generator=generator)
+
+    def next_batch(self) -> dict[str, Tensor]:
+        """The next batch, each tensor (batch_size / world_size, ...), on `device`."""
+        if (self.index + 1) * self.batch_size > self.size:
+            self.epoch, self.index = self.epoch + 1, 0
+            self._order = self._shuffle()
+        start = self.index * self.batch_size
+        rows = self._order[start : start + self.batch_size][self._part]
+        self.index += 1
+        return {
+            key: value[rows].to(self.device, non_blocking=True)
+            for key, value in self.tensors.items()
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: {"epoch", "index"}, the index being that of the next batch in the epoch."""
+        return {"epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a position that `state_dict` gave."""
+        self.epoch, self.index = int(state["epoch"]), int(state["index"])
+        self._order = self._shuffle()

@@ -1,0 +1,279 @@
+"""Instance normalisation: each plane of each sample to mean 0 and variance 1, then an affine map.
+
+    y = weight * xhat + bias,  xhat = (x - mean) / sqrt(var + eps)
+
+with mean and biased variance over the spatial dimensions of each (sample, channel) (Ulyanov et al.
+2016, eq. 3). `adain` is the same op with an affine map for each plane, and shares everything here
+but its reference and its checks.
+
+Shapes: x (B, C, *spatial), at least one spatial dimension, of float32, float64, float16 or
+bfloat16; weight, bias (C,) of x's dtype, or float32 for half inputs; y as x, channels_last where x
+is. A single spatial element has variance 0 and gives y = bias (torch.nn.functional.instance_norm
+refuses it, and so do the layers of fastgen.nn); no spatial elements give an empty y. A plane with a
+NaN or an infinity becomes NaN. Statistics are summed in float64 on the CPU, so that they are right
+to the last bits for any ratio of mean to standard deviation. Gradients: first order fused, second
+and higher by a closed formula of torch ops. Backends: cpu, reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastgen import backends
+from fastgen.ops import _check, _library
+from fastgen.ops._autograd import accumulate_dtype, autocast_promote, needs_grad
+
+__all__ = ["instance_norm", "instance_norm_with_stats"]
+
+_library.define(
+    "instance_norm_fwd(Tensor x, Tensor? scale, Tensor? shift, float eps) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "instance_norm_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? scale, float eps) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    """What the kernels allocate: channels_last where x is, else contiguous."""
+    memory_format = torch.contiguous_format
+    if not x.is_contiguous():
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        if last is not None and x.is_contiguous(memory_format=last):
+            memory_format = last
+    return torch.empty_like(x, memory_format=memory_format)
+
+
+@_library.register_fake("instance_norm_fwd")
+def _(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[:2], dtype=torch.float64)
+    return _dense_like(x), mean, torch.empty_like(mean)
+
+
+@_library.register_fake("instance_norm_bwd")
+def _(
+    grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_scale = x.new_empty(x.shape[:2], dtype=torch.float64)
+    return _dense_like(x), grad_scale, torch.empty_like(grad_scale)
+
+
+_library.register_vmap_fold("instance_norm_fwd")
+_library.register_vmap_fold("instance_norm_bwd")
+
+
+def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """xhat (B, C, N), mean and biased variance (B, C, 1) in the arithmetic dtype, in plain torch."""
+    flat = x.to(accumulate_dtype(x.dtype)).flatten(2)
+    mean = flat.mean(2, keepdim=True)
+    centred = flat - mean
+    var = centred.square().mean(2, keepdim=True)
+    return centred * (var + eps).rsqrt(), mean, var
+
+
+def instance_norm_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op in plain PyTorch; arguments and results as :func:`instance_norm_with_stats`."""
+    xhat, mean, var = normalise(x, eps)
+    y = xhat if weight is None else xhat * weight[:, None]
+    y = y if bias is None else y + bias[:, None]
+    return y.to(x.dtype).reshape(x.shape), mean.detach().flatten(1), var.detach().flatten(1)
+
+
+def _per_plane(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """A (C,) or (B, C) parameter as (B, C)."""
+    if parameter is None or parameter.dim() == 2:
+        return parameter
+    return parameter.expand(x.shape[:2])
+
+
+class _InstanceNorm(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.fastgen.instance_norm_fwd(
+            x, _per_plane(scale, x), _per_plane(shift, x), eps
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        x, scale, shift, ctx.eps = inputs
+        _, mean, var = output
+        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(x, mean, var, scale)
+        ctx.parameters = [None if p is None else (p.dim(), p.dtype) for p in (scale, shift)]
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple:
+        x, mean, var, scale = ctx.saved_tensors
+        grad_x, *grads = _InstanceNormBackward.apply(
+            grad_y, x, mean, var, _per_plane(scale, x), ctx.eps
+        )
+        for i, parameter in enumerate(ctx.parameters):
+            if parameter is None:
+                grads[i] = None
+            else:
+                dim, dtype = parameter
+                grads[i] = (grads[i] if dim == 2 else grads[i].sum(0)).to(dtype)
+        return grad_x, *grads, None
+
+
+class _InstanceNormBackward(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.fastgen.instance_norm_bwd(grad_y, x, mean, var, scale, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        grad_y, x, _, _, scale, ctx.eps = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_y, x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        grad_y, x, scale = ctx.saved_tensors
+        of_grad_y, of_x, of_scale = _second_order(grads, grad_y, x, scale, ctx.eps)
+        return of_grad_y, of_x, None, None, of_scale, None
+
+
+def _second_order(
+    grads: tuple[Tensor | None, ...], grad_y: Tensor, x: Tensor, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients, by grad_y, x and scale, of <u, grad_x> + <p, grad_scale> + <q, grad_shift>.
+
+    `grads` is (u, p, q), None for zero. With r = 1 / sqrt(var + eps) and the symmetric map
+    P(v) = v - mean(v) - xhat * mean(v * xhat), grad_x is scale * r * P(grad_y), the Jacobian of
+    xhat is r * P and that of r is -r^2 * xhat / n.
+    """
+    dtype = accumulate_dtype(x.dtype)
+    xhat, _, var = normalise(x, eps)
+    r = (var + eps).rsqrt()
+    a = r if scale is None else r * scale.to(dtype)[:, :, None]
+    dy = grad_y.to(dtype).flatten(2)
+    u = torch.zeros_like(dy) if grads[0] is None else grads[0].to(dtype).flatten(2)
+    p, q = (None if t is None else t.to(dtype)[:, :, None] for t in grads[1:])
+
+    def mean(t: Tensor) -> Tensor:
+        return t.mean(2, keepdim=True)
+
+    def project(v: Tensor) -> Tensor:
+        return v - mean(v) - xhat * mean(v * xhat)
+
+    projected = project(u)
+    of_grad_y = a * projected
+    of_xhat = -a * (mean(dy * xhat) * u + mean(u * xhat) * dy)
+    if p is not None:
+        of_grad_y = of_grad_y + p * xhat
+        of_xhat = of_xhat + p * dy
+    if q is not None:
+        of_grad_y = of_grad_y + q
+    of_x = r * project(of_xhat) - a * r * mean(dy * projected) * xhat
+    of_scale = None
+    if scale is not None:
+        of_scale = (r * (dy * projected).sum(2, keepdim=True)).flatten(1).to(scale.dtype)
+    return of_grad_y.to(x.dtype).reshape(x.shape), of_x.to(x.dtype).reshape(x.shape), of_scale
+
+
+def fused(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The compiled op, with scale and shift (C,) or (B, C); gives y, mean, var."""
+    if needs_grad(x, scale, shift):
+        return _InstanceNorm.apply(x, scale, shift, eps)
+    return torch.ops.fastgen.instance_norm_fwd(x, _per_plane(scale, x), _per_plane(shift, x), eps)
+
+
+def check_input(x: Any, eps: Any) -> None:
+    """Raises unless x is a floating (B, C, *spatial) tensor and eps a positive number."""
+    _check.floating(x, "x")
+    _check.rank(x, "x", 3, "at least three dimensions, (B, C, *spatial)")
+    _check.positive(eps, "eps")
+
+
+def check_parameter(value: Any, name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Raises unless `value` is a parameter that x can be scaled or shifted with."""
+    _check.floating(value, name)
+    if value.dtype != accumulate_dtype(x.dtype):
+        _check.matches(value, name, x, "x")
+    _check.same_device(value, name, x, "x")
+    _check.shape(value, name, shape, meaning)
+
+
+def _prepare(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> tuple:
+    x, weight, bias = autocast_promote(x, weight, bias)
+    check_input(x, eps)
+    for value, name in ((weight, "weight"), (bias, "bias")):
+        if value is not None:
+            check_parameter(value, name, x, (x.shape[1],), "one for each channel of x")
+    return x, weight, bias, float(eps)
+
+
+_OP = backends.Op("instance_norm", _prepare)
+_OP.implement("cpu", fused, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement("reference", instance_norm_reference)
+
+
+def instance_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalises each plane of each sample, then scales and shifts it by its channel.
+
+    Args:
+        x: (B, C, *spatial).
+        weight: (C,), the scale; None for 1.
+        bias: (C,), the shift; None for 0.
+        eps: added to the variance, positive.
+        backend: force "cpu" or "reference".
+
+    Returns:
+        (B, C, *spatial), dtype of x; channels_last where x is, else contiguous.
+
+    Raises:
+        TypeError: not tensors, not floating, or weight or bias neither of x's dtype nor float32
+            beside a half x.
+        ValueError: x has fewer than three dimensions; weight or bias is not (C,) or on another
+            device; eps is not positive; unknown `backend`.
+
+    Autocast: mixed dtypes become the widest of them.
+    """
+    return _OP(_prepare(x, weight, bias, eps=eps), backend)[0]
+
+
+def instance_norm_with_stats(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`instance_norm` together with the statistics that it computes on the way.
+
+    Returns:
+        y: (B, C, *spatial), dtype of x.
+        mean, var: (B, C), mean and biased variance of each plane of x, float32 or float64, without
+            gradients.
+    """
+    return _OP(_prepare(x, weight, bias, eps=eps), backend)

@@ -1,0 +1,113 @@
+"""Options that all recipes share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass
+class EngineConfig:
+    """Options common to all recipes.
+
+    Args:
+        seed: seed of the initial weights, the order of the data, and all noise.
+        cpu: stay on the CPU even where there is a GPU.
+        mixed_precision: autocast dtype of the forward pass.
+        accumulate: parts that a batch is cut into, to save memory; gradients add up.
+        max_grad_norm: clip the gradient's norm; null for none.
+        ema_decay: average the weights with this decay a step, and validate, draw and sample with
+            the averages; null for none.
+        compile: pass the networks through torch.compile.
+        log_every: steps between lines of training metrics.
+        valid_every: steps between validations.
+        sample_every: steps between sample grids.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many checkpoints to keep, the newest ones.
+    """
+
+    seed: int = 0
+    cpu: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    accumulate: int = 1
+    max_grad_norm: float | None = None
+    ema_decay: float | None = None
+    compile: bool = False
+    log_every: int = 50
+    valid_every: int = 250
+    sample_every: int = 1000
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        names = (
+            "accumulate",
+            "log_every",
+            "valid_every",
+            "sample_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        )
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"engine.{name} must be at least 1, got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"engine.ema_decay must be in (0, 1), got {self.ema_decay}")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine decay.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay rates of the two moments.
+        weight_decay: decoupled weight decay, on matrices and convolution weights only.
+        warmup_steps: steps of linear warm-up.
+        final_lr: learning rate at the end, as a share of the peak.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    final_lr: float = 0.05
+
+    def build(self, modules: Iterable[nn.Module]) -> Optimizer:
+        """The optimiser over the modules' trainable parameters."""
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of step `step` of `steps`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(steps - self.warmup_steps, 1)
+        cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+        return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
+
+
+@dataclass
+class StageConfig:
+    """Length, batch and optimiser of a stage.
+
+    Args:
+        steps: optimiser steps; 0 skips the stage.
+        batch_size: images a step, over all processes and accumulated parts together.
+        optimizer: the optimiser.
+    """
+
+    steps: int = 1000
+    batch_size: int = 128
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,0 +1,13 @@
+"""Errors that the user can put right. Each message is one line that says what to do."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on: its folder, its configuration or its files."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint that is incomplete, damaged or does not fit the model."""
+
+
+class NonFiniteLossError(RunError):
+    """The loss became NaN or infinite."""

@@ -1,0 +1,184 @@
+"""Whole runs: start, resume, load, sample, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from fastgen.data import ImageDataset, load_images, resolve_data_root
+from fastgen.training.checkpoint import load_newest, write_atomic
+from fastgen.training.engine import Engine, load_weights, make_accelerator
+from fastgen.training.errors import RunError
+from fastgen.training.options import config_from_dict, config_to_dict, find_recipe
+from fastgen.training.rng import seed_all
+from fastgen.training.run_folder import RunFolder
+from fastgen.training.tasks.base import Task
+
+
+def start_run(recipe: str, config: Any, run_dir: Path | None = None) -> RunFolder:
+    """Train a recipe in a new folder, by default `runs/<recipe>-<data>-<time>`.
+
+    Data and options are checked before the folder is made.
+
+    Raises:
+        DataError: the data cannot be loaded.
+        RunError: options that do not fit, a folder that exists or cannot be written, or a training
+            that failed.
+    """
+    root = resolve_data_root(config.data_root)
+    config = dataclasses.replace(config, data_root=None if root is None else str(root))
+    task = _build(recipe, config, load_images(config.data, root))
+    accelerator = _accelerator(config)
+    path = _create(run_dir or _default_path(recipe, config.data), recipe, config, accelerator)
+    run = RunFolder.open(path)
+    Engine(task, config.engine, run, accelerator).train()
+    return run
+
+
+def resume_run(path: Path, data_root: str | None = None, expected: str | None = None) -> RunFolder:
+    """Go on with a run from its newest sound checkpoint, or from the start where it has none.
+
+    Args:
+        path: the run folder.
+        data_root: where the data is now, if it moved.
+        expected: refuse a run of another recipe than this.
+
+    Raises:
+        as `start_run`; CheckpointError where checkpoints exist and none is sound.
+    """
+    run = RunFolder.open(path)
+    recipe, config, task = _from_run(run, data_root)
+    if expected not in (None, recipe):
+        raise RunError(f"{path} is a run of recipe {recipe!r}, not {expected!r}")
+    Engine(task, config.engine, run, _accelerator(config)).train(resume=True)
+    return run
+
+
+def load_run(path: Path, data_root: str | None = None) -> Task:
+    """The task of a run in eval mode, with the weights of its newest sound checkpoint.
+
+    Averaged weights are taken where the checkpoint has them.
+
+    Raises:
+        DataError, RunError, CheckpointError: what is missing or damaged.
+    """
+    run = RunFolder.open(path)
+    _, config, task = _from_run(run, data_root)
+    checkpoint, sections, problems = load_newest(run.checkpoints)
+    for problem in problems.values():
+        print(f"warning: {problem}; using {checkpoint.name}")
+    load_weights(task, sections, averaged=True)
+    device = "cuda" if torch.cuda.is_available() and not config.engine.cpu else "cpu"
+    for module in task.modules.values():
+        module.eval().to(device)
+    return task
+
+
+def sample_run(
+    path: Path,
+    num: int,
+    *,
+    seed: int = 0,
+    label: int | None = None,
+    temperature: float = 1.0,
+    data_root: str | None = None,
+) -> Tensor:
+    """Draw images (num, C, H, W) from a run's model, on the CPU.
+
+    Raises:
+        RunError: numbers out of range, and as `load_run`.
+    """
+    task = load_run(path, data_root)
+    device = next(next(iter(task.modules.values())).parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    labels = None if label is None else torch.full((num,), label, device=device)
+    try:
+        with torch.no_grad():
+            return task.sample(
+                num, labels=labels, temperature=temperature, generator=generator
+            ).cpu()
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def evaluate_run(path: Path, data_root: str | None = None) -> dict[str, dict[str, float]]:
+    """Measure a run's model on the held-out splits: split -> measure -> value; writes eval.json.
+
+    Raises:
+        RunError: as `load_run`, or eval.json cannot be written.
+    """
+    measures = load_run(path, data_root).evaluate()
+    try:
+        write_atomic(path / "eval.json", json.dumps(measures, indent=1).encode())
+    except OSError as error:
+        raise RunError(f"cannot write {path / 'eval.json'}: {error.strerror}") from error
+    return measures
+
+
+def _from_run(run: RunFolder, data_root: str | None) -> tuple[str, Any, Task]:
+    recipe, config = config_from_dict(run.read_config())
+    dataset = load_images(config.data, resolve_data_root(data_root or config.data_root))
+    return recipe, config, _build(recipe, config, dataset)
+
+
+def _build(recipe: str, config: Any, dataset: ImageDataset) -> Task:
+    seed_all(config.engine.seed)
+    try:
+        task = find_recipe(recipe).task(config, dataset)
+        for stage in task.stages:
+            _check_sizes(stage.name, stage.config, len(dataset.train), config.engine.accumulate)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"options do not fit: {' '.join(str(error).split())}") from error
+    return task
+
+
+def _check_sizes(name: str, stage: Any, images: int, accumulate: int) -> None:
+    if stage.steps < 0:
+        raise ValueError(f"{name}.steps must not be negative, got {stage.steps}")
+    if not 1 <= stage.batch_size <= images:
+        raise ValueError(f"{name}.batch_size must be in [1, {images}], got {stage.batch_size}")
+    if stage.batch_size % accumulate:
+        raise ValueError(
+            f"{name}.batch_size must be a multiple of engine.accumulate, "
+            f"got {stage.batch_size} and {accumulate}"
+        )
+
+
+def _accelerator(config: Any) -> Accelerator:
+    try:
+        return make_accelerator(config.engine)
+    except ValueError as error:
+        raise RunError(
+            f"engine options do not fit this machine: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _default_path(recipe: str, data: str) -> Path:
+    stem = f"{recipe}-{Path(data).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, count = Path("runs") / stem, 1
+    while path.exists():
+        count += 1
+        path = Path("runs") / f"{stem}-{count}"
+    return path
+
+
+def _create(path: Path, recipe: str, config: Any, accelerator: Accelerator) -> Path:
+    """The main process makes the folder; all learn its path, or why there is none."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = str(RunFolder.create(path, config_to_dict(recipe, config)).path)
+        except RunError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise RunError(outcome[1])
+    return Path(outcome[0])

@@ -1,0 +1,31 @@
+"""Tasks: what optimising each model family needs. `RECIPES` lists what `fastgen train` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastgen.data import ImageDataset
+from fastgen.training.tasks.base import Task
+from fastgen.training.tasks.vqvae import PRESETS, VQVAEConfig, VQVAETask
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A task with its options.
+
+    Attributes:
+        config: dataclass of the options, with fields data, data_root and engine among them.
+        task: builds the task from such a config and the data set.
+        presets: data set -> dotted option -> default value that suits it better.
+    """
+
+    config: type
+    task: Callable[[Any, ImageDataset], Task]
+    presets: dict[str, dict[str, Any]]
+
+
+RECIPES = {"vqvae": Recipe(VQVAEConfig, VQVAETask, PRESETS)}
+
+__all__ = ["RECIPES", "Recipe", "Task"]

@@ -1,0 +1,94 @@
+"""What the engine asks of a task: stages of optimisation, then samples and a verdict."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastgen.training.config import StageConfig
+
+Batch = dict[str, Tensor]
+Nets = Mapping[str, Callable[..., Any]]
+
+
+class PhaseLoss(NamedTuple):
+    """The scalar to minimise, and tensors of fixed shape to average over the logging interval."""
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+
+
+class Stage(ABC):
+    """One optimisation: which weights move, by which losses, and what to report.
+
+    A step runs every phase once: one for an autoencoder, discriminator and generator for a GAN.
+
+    Attributes:
+        name: in logs and file names.
+        config: length, batch size, optimiser.
+        modules: the modules trained here, keys of the task's own.
+    """
+
+    name: str
+    config: StageConfig
+    modules: dict[str, nn.Module]
+
+    @abstractmethod
+    def train_tensors(self) -> dict[str, Tensor | None]:
+        """The training data, first dimension N; called once, when the stage begins."""
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """Phase -> its optimiser, in the order of a step."""
+        return {self.name: self.config.optimizer.build(self.modules.values())}
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the stage's step `step`, of all phases."""
+        return self.config.optimizer.lr_at(step, self.config.steps)
+
+    @abstractmethod
+    def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
+        """The loss of a phase; `nets`: `modules` as wrapped for DDP, autocast and compile."""
+
+    @abstractmethod
+    def summarise(self, logs: dict[str, Tensor]) -> dict[str, float]:
+        """Numbers to report from the averages of `PhaseLoss.logs` over an interval."""
+
+    @abstractmethod
+    def validate(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Numbers on the validation split; `modules` are in eval mode, averaged where they are."""
+
+    @abstractmethod
+    def draw(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Name -> images (N, C, H, W) to look at; must not touch the global generators."""
+
+
+class Task(ABC):
+    """A model family with its recipe.
+
+    Attributes:
+        modules: all modules of the task, by name: what a checkpoint holds.
+        stages: in the order of training.
+    """
+
+    modules: dict[str, nn.Module]
+    stages: list[Stage]
+
+    @abstractmethod
+    def sample(
+        self, num: int, *, labels: Tensor | None, temperature: float, generator: torch.Generator
+    ) -> Tensor:
+        """Images (num, C, H, W) from the trained model."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Split -> measure -> value, on the held-out splits."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages together."""
+        return sum(stage.config.steps for stage in self.stages)

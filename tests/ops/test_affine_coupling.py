@@ -1,0 +1,128 @@
+"""affine_coupling: the published formulas, its Jacobian, and safety at large raw scales."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastgen import ops
+
+SCALES = ("exp", "tanh", "sigmoid", "atan")
+FORMULAS = {
+    "exp": lambda a, f: np.exp(a),
+    "tanh": lambda a, f: np.exp(f * np.tanh(a)),
+    "sigmoid": lambda a, f: 1 / (1 + np.exp(-(a + 2))),
+    "atan": lambda a, f: np.exp(f * 2 / np.pi * np.arctan(a)),
+}
+
+
+def sample(*shape, dtype=torch.float64, raw=1.0):
+    x, raw_scale, shift = (torch.randn(*shape, dtype=dtype) for _ in range(3))
+    return x, raw * raw_scale, shift
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_is_the_published_formula(scale):
+    x, raw, shift = sample(5, 7)
+    s = FORMULAS[scale](raw.numpy(), 1.7)
+    y, log_det = ops.affine_coupling(x, raw, shift, scale=scale, scale_factor=1.7)
+    expected = torch.tensor(s * x.numpy() + shift.numpy())
+    torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(log_det, torch.tensor(np.log(s).sum(1)), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("inverse", (False, True))
+@pytest.mark.parametrize("scale", SCALES)
+def test_log_det_is_that_of_the_jacobian(scale, inverse):
+    x, raw, shift = sample(1, 6)
+
+    def function(t):
+        return ops.affine_coupling(t[None], raw, shift, scale=scale, inverse=inverse)[0][0]
+
+    full = torch.autograd.functional.jacobian(function, x[0])
+    assert torch.equal(full, torch.diag(full.diagonal()))
+    _, log_det = ops.affine_coupling(x, raw, shift, scale=scale, inverse=inverse)
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(full)[1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_round_trip(scale, dtype):
+    x, raw, shift = sample(64, 33, dtype=dtype)
+    y, forward = ops.affine_coupling(x, raw, shift, scale=scale)
+    back, inverse = ops.affine_coupling(y, raw, shift, scale=scale, inverse=True)
+    epsilon = torch.finfo(dtype).eps
+    s = (y - shift).abs() / x.abs()
+    bound = 8 * epsilon * (x.abs() + (y.abs() + shift.abs()) / s)
+    assert ((back - x).abs() <= bound).all()
+    torch.testing.assert_close(inverse, -forward, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inverse", (False, True))
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("magnitude", (100.0, 1e4, 1e30))
+def test_bounded_scales_survive_any_raw_value(magnitude, dtype, backend, inverse):
+    """tanh and atan bound log s, so value, log-determinant and gradients stay finite."""
+    raw = magnitude * torch.tensor([[1.0, -1.0] * 20], dtype=dtype)
+    for scale in ("tanh", "atan"):
+        inputs = [t.requires_grad_() for t in (torch.randn_like(raw), raw.clone(), raw.clone())]
+        results = ops.affine_coupling(*inputs, scale=scale, inverse=inverse, backend=backend)
+        grads = torch.autograd.grad(results, inputs, [torch.ones_like(r) for r in results])
+        assert all(t.isfinite().all() for t in (*results, *grads))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_sigmoid_log_det_does_not_underflow(backend):
+    """log sigmoid(a + 2) = a + 2 far on the left, where the sigmoid itself is zero in float32."""
+    raw = torch.full((1, 16), -1000.0, requires_grad=True)
+    x = torch.randn(1, 16)
+    y, log_det = ops.affine_coupling(x, raw, x, scale="sigmoid", backend=backend)
+    assert torch.equal(y, x)
+    torch.testing.assert_close(log_det, torch.tensor([-998.0 * 16]))
+    (grad,) = torch.autograd.grad(log_det.sum(), raw)
+    torch.testing.assert_close(grad, torch.ones(1, 16))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_log_det_of_a_long_sample(scale):
+    """A million terms add up without losing digits."""
+    x, raw, shift = sample(2, 1 << 20, dtype=torch.float32)
+    _, log_det = ops.affine_coupling(x, raw + 1, shift, scale=scale)
+    _, exact = ops.affine_coupling(
+        x.double(), raw.double() + 1, shift.double(), scale=scale, backend="reference"
+    )
+    torch.testing.assert_close(log_det.double(), exact, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    (
+        (
+            {"x": torch.zeros(())},
+            ValueError,
+            r"x: expected at least one dimension, \(B, ...\), got",
+        ),
+        ({"x": torch.zeros(2, 3).long()}, TypeError, "x: expected dtype float32.*, got int64"),
+        ({"raw_scale": torch.zeros(2, 4)}, ValueError, r"raw_scale: expected shape \(2, 3\)"),
+        ({"shift": torch.zeros(3)}, ValueError, r"shift: expected shape \(2, 3\) .* got \(3,\)"),
+        ({"shift": torch.zeros(2, 3).half()}, TypeError, "shift: expected the dtype of x, float32"),
+        ({"scale": "softplus"}, ValueError, "scale: expected one of exp, tanh, .* got 'softplus'"),
+        ({"scale_factor": 0}, ValueError, "scale_factor: expected a positive number, got 0"),
+        ({"scale_factor": math.inf}, ValueError, "scale_factor: expected a positive number"),
+        ({"scale_factor": True}, TypeError, "scale_factor: expected a positive number, got bool"),
+    ),
+)
+def test_errors(change, error, message):
+    arguments = {name: torch.zeros(2, 3) for name in ("x", "raw_scale", "shift")}
+    with pytest.raises(error, match=f"^{message}"):
+        ops.affine_coupling(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("wrong", ("raw_scale", "shift"))
+def test_raw_operator_checks_sizes(wrong):
+    tensors = {name: torch.zeros(4, 3) for name in ("x", "raw_scale", "shift")}
+    tensors[wrong] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=f"affine_coupling: {wrong} has the wrong"):
+        torch.ops.fastgen.affine_coupling_fwd(*tensors.values(), "tanh", False, 1.0)

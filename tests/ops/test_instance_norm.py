@@ -1,0 +1,350 @@
+"""What is special to instance_norm and adain: accuracy at large means, layouts, non-finite planes."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastgen import ops
+from fastgen.ops.instance_norm import instance_norm_with_stats
+from fastgen.testing import assert_accurate
+
+REDUCED = (torch.float32, torch.float16, torch.bfloat16)
+PLANES = ((2,), (3,), (4,), (5,), (257,), (33, 65), (4097,), (65537,), (512, 512))
+
+
+def exact_instance_norm(x, weight, bias, eps):
+    """The formula in float64 on the same values."""
+    return ops.instance_norm(
+        x.double(), weight.double(), bias.double(), eps=eps, backend="reference"
+    )
+
+
+def affine(channels, dtype):
+    return torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
+
+
+def with_leaves(*tensors):
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+# --- accuracy ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", REDUCED)
+@pytest.mark.parametrize("mean", (0.0, 1.0, 1e2, 1e4))
+@pytest.mark.parametrize("plane", PLANES, ids=str)
+def test_no_worse_than_torch(plane, mean, dtype):
+    """Within one unit in the last place of torch's own error, mean/std up to 1e4, gradients too."""
+    x = (torch.randn(2, 3, *plane) + mean).to(dtype)
+    weight, bias = affine(3, dtype)
+    cotangent = torch.randn(x.shape).to(dtype)
+    exact_leaves = with_leaves(x.double(), weight.double(), bias.double())
+    plain_leaves, leaves = with_leaves(x, weight, bias), with_leaves(x, weight, bias)
+    exact = exact_instance_norm(*exact_leaves, 1e-5)
+    plain = F.instance_norm(plain_leaves[0], weight=plain_leaves[1], bias=plain_leaves[2])
+    actual = ops.instance_norm(*leaves, backend="cpu")
+    assert_accurate(actual, plain, exact, factor=1, ulps=1)
+    grads = [
+        torch.autograd.grad(y, inputs, cotangent.to(y.dtype))
+        for y, inputs in ((actual, leaves), (plain, plain_leaves), (exact, exact_leaves))
+    ]
+    for name, results in zip(("x", "weight", "bias"), zip(*grads, strict=True), strict=True):
+        assert_accurate(*results, factor=1, ulps=1, what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("isa_name", ("portable", "avx2", "avx512"))
+@pytest.mark.parametrize("mean", (0.0, 1e2, 1e4, 1e6))
+def test_error_does_not_grow_with_the_mean(mean, isa_name, channels_last, isa):
+    if not isa(isa_name):
+        pytest.skip(f"this machine has no {isa_name}")
+    x = torch.randn(2, 20, 61, 67) + mean
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    exact = ops.instance_norm(x.double(), backend="reference")
+    error = (ops.instance_norm(x, backend="cpu").double() - exact).abs()
+    # Four roundings: of x - mean, of the factor, of the product and, without fma, of the sum.
+    assert (error <= 4 * 2.0**-24 * exact.abs() + 1e-12).all()
+
+
+def test_an_outlier_at_the_start_does_not_spoil_the_variance():
+    """The first element is the origin of the sums: the worst case for cancellation."""
+    for n in 200, 100_000:
+        x = torch.randn(1, 1, n, dtype=torch.float64)
+        x[..., 0] = 1e6
+        expected = ops.instance_norm(x, backend="reference")
+        torch.testing.assert_close(
+            ops.instance_norm(x, backend="cpu"), expected, rtol=1e-11, atol=1e-13
+        )
+
+
+@pytest.mark.parametrize("dtype", (*REDUCED, torch.float64))
+@pytest.mark.parametrize("value", (0.0, 0.1, -3e4))
+def test_constant_planes_give_the_bias(value, dtype):
+    x = torch.full((2, 3, 37, 19), value, dtype=dtype)
+    bias = torch.tensor([0.5, -1.0, 0.0], dtype=dtype)
+    expected = bias[:, None, None].expand(x.shape)
+    for layout in torch.contiguous_format, torch.channels_last:
+        y = ops.instance_norm(x.contiguous(memory_format=layout), None, bias, eps=1e-12)
+        assert torch.equal(y, expected)
+
+
+def test_a_single_element_gives_the_bias_and_no_gradient():
+    x, bias = with_leaves(torch.randn(3, 4, 1), torch.randn(4))
+    y = ops.instance_norm(x, None, bias)
+    assert torch.equal(y, bias[:, None].expand(3, 4, 1))
+    grad_x, grad_bias = torch.autograd.grad(y, (x, bias), torch.ones_like(y))
+    assert torch.equal(grad_x, torch.zeros_like(x))
+    assert torch.equal(grad_bias, torch.full((4,), 3.0))
+
+
+def signs(*shape):
+    """Values in {-1, 0, 1}: with a power of two of them, mean and variance are exact in float64."""
+    return torch.randint(-1, 2, shape).float()
+
+
+@pytest.mark.parametrize("dtype", REDUCED)
+@pytest.mark.parametrize("size", (16, 1024, 65536))
+def test_order_does_not_matter_where_sums_are_exact(size, dtype):
+    """Bitwise: any order of elements, any layout, any width of vectors."""
+    x = signs(2, 8, size, 1).to(dtype)
+    scale, shift = torch.randn(2, 8).to(dtype), torch.randn(2, 8).to(dtype)
+    expected = ops.adain(x, scale, shift)
+    order = torch.randperm(size)
+    assert torch.equal(ops.adain(x[:, :, order], scale, shift), expected[:, :, order])
+    last = x.view(2, 8, 16, -1).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(ops.adain(last, scale, shift).reshape(x.shape), expected)
+
+
+@pytest.mark.parametrize("isa_name", ("portable", "avx2", "avx512"))
+def test_exact_values(isa_name, isa):
+    """Mean 1, variance 4, eps 12: rstd is 1/4 and every value is exact."""
+    if not isa(isa_name):
+        pytest.skip(f"this machine has no {isa_name}")
+    for dtype in (*REDUCED, torch.float64):
+        x = torch.tensor([3.0, -1.0], dtype=dtype).repeat(2, 3, 1000)
+        scale = torch.tensor([[4.0, 8.0, -2.0], [0.0, 1.0, 16.0]], dtype=dtype)
+        shift = torch.tensor([[0.5, 1.0, 2.0], [-3.0, 0.0, 0.25]], dtype=dtype)
+        expected = (x - 1) / 4 * scale[..., None] + shift[..., None]
+        assert torch.equal(ops.adain(x, scale, shift, eps=12.0), expected)
+
+
+# --- values that are not finite, or nearly not --------------------------------------------------
+
+
+@pytest.mark.parametrize("position", (0, 300, 20_000))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_a_bad_element_spoils_its_plane_only(value, position, channels_last):
+    x = torch.randn(2, 4, 150, 150)
+    x[1, 2].view(-1)[position] = value
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    y, expected = ops.instance_norm(x), F.instance_norm(x)
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert y[1, 2].isnan().all() and y.isnan().sum() == 150 * 150
+
+
+@pytest.mark.parametrize(
+    "values",
+    (
+        [3e38, 3e38, 3e38, -3e38],
+        [3e38, -3e38, 0.0, 1.0],
+        [1e30, 2e30, 3e30, 4e30],
+        [1e-40, 2e-40, 3e-40, 4e-40],
+        [1e-45, 0.0, 0.0, 0.0],
+    ),
+    ids=str,
+)
+def test_extreme_values_stay_finite(values):
+    x = torch.tensor(values).repeat(1, 1, 100)
+    exact = ops.instance_norm(x.double(), backend="reference")
+    y = ops.instance_norm(x, backend="cpu")
+    assert F.instance_norm(x).isfinite().all() and y.isfinite().all()
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-30)
+
+
+# --- layouts and threads ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (*REDUCED, torch.float64))
+@pytest.mark.parametrize("channels", (2, 3, 16, 17, 130))
+@pytest.mark.parametrize("spatial", ((7, 9), (3, 5, 4), (130, 131)))
+def test_channels_last_is_kept(spatial, channels, dtype):
+    layout = torch.channels_last if len(spatial) == 2 else torch.channels_last_3d
+    base = (torch.randn(2, channels, *spatial) * 3 + 5).to(dtype)
+    scale, shift = torch.randn(2, channels).to(dtype), torch.randn(2, channels).to(dtype)
+    cotangent = torch.randn(base.shape).to(dtype)
+    results = []
+    for x, grad_y in (
+        (base, cotangent),
+        (base.contiguous(memory_format=layout), cotangent),
+        (base.contiguous(memory_format=layout), cotangent.contiguous(memory_format=layout)),
+    ):
+        leaves = with_leaves(x, scale, shift)
+        y = ops.adain(*leaves, backend="cpu")
+        grads = torch.autograd.grad(y, leaves, grad_y)
+        assert y.stride() == x.stride() and grads[0].stride() == x.stride()
+        results.append((y, *grads))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            tolerance = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def test_planes_with_gaps_are_read_as_they_lie():
+    x = torch.randn(4, 6, 9, 11)
+    scale, shift = torch.randn(4, 6), torch.randn(4, 6)
+    expected = ops.adain(x, scale, shift)
+    assert torch.equal(ops.adain(x[:, ::2], scale[:, ::2], shift[:, ::2]), expected[:, ::2])
+    assert torch.equal(ops.adain(x[1::2], scale[1::2], shift[1::2]), expected[1::2])
+    assert torch.equal(ops.adain(x.flip(0), scale.flip(0), shift.flip(0)), expected.flip(0))
+    swapped = x.transpose(2, 3)
+    assert torch.equal(
+        ops.adain(swapped, scale, shift), ops.adain(swapped.contiguous(), scale, shift)
+    )
+    one = x[:1, :1].expand(3, 2, 9, 11)
+    ones = torch.ones(3, 2)
+    assert torch.equal(ops.adain(one, ones, ones), ops.adain(one.contiguous(), ones, ones))
+
+
+@pytest.mark.parametrize(
+    "shape,channels_last",
+    (((1, 1, 700, 701), False), ((1, 5, 300, 301), True), ((3, 2, 200, 201), True)),
+)
+def test_few_large_planes_do_not_depend_on_threads(shape, channels_last, threads):
+    x = torch.randn(shape)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    cotangent = torch.randn(shape)
+    results = []
+    for count in 1, 2, 3, 8:
+        threads(count)
+        leaves = with_leaves(x, torch.ones(shape[1]), torch.zeros(shape[1]))
+        y = ops.instance_norm(*leaves)
+        results.append((y, *torch.autograd.grad(y, leaves, cotangent)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_parameter_gradients_of_many_planes_do_not_depend_on_threads(threads):
+    x, cotangent = torch.randn(80, 513, 5), torch.randn(80, 513, 5)
+    results = []
+    for count in 1, 2, 3:
+        threads(count)
+        weight = torch.ones(513, requires_grad=True)
+        results.append(torch.autograd.grad(ops.instance_norm(x, weight), weight, cotangent)[0])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+# --- parameters, statistics, second order --------------------------------------------------------
+
+
+def test_weight_and_bias_are_independent():
+    x = torch.randn(2, 3, 5, 5)
+    weight, bias = affine(3, torch.float32)
+    plain = ops.instance_norm(x)
+    torch.testing.assert_close(ops.instance_norm(x, weight), plain * weight[:, None, None])
+    torch.testing.assert_close(ops.instance_norm(x, None, bias), plain + bias[:, None, None])
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_input_takes_float32_parameters(dtype, backend):
+    x, weight, bias = with_leaves(
+        torch.randn(2, 3, 20, 20).to(dtype), torch.randn(3), torch.randn(3)
+    )
+    y = ops.instance_norm(x, weight, bias, backend=backend)
+    expected = F.instance_norm(x.float(), weight=weight, bias=bias)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    grads = torch.autograd.grad(y.float().square().sum(), (x, weight, bias))
+    assert [g.dtype for g in grads] == [dtype, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_statistics(backend):
+    x = (torch.randn(2, 3, 40, 41) * 2 + 100).requires_grad_()
+    y, mean, var = instance_norm_with_stats(x, backend=backend)
+    assert torch.equal(y, ops.instance_norm(x, backend=backend))
+    torch.testing.assert_close(mean.double(), x.double().mean((2, 3)), rtol=1e-6, atol=0)
+    expected = x.double().var((2, 3), correction=0)
+    torch.testing.assert_close(var.double(), expected, rtol=1e-5, atol=0)
+    assert y.requires_grad and not mean.requires_grad and not var.requires_grad
+
+
+@pytest.mark.parametrize("eps", (1e-12, 1e-5, 10.0, 1e6))
+@pytest.mark.parametrize("op", ("instance_norm", "bare", "adain"))
+def test_second_order_for_any_eps(op, eps):
+    x = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    shape = {"instance_norm": (2,), "adain": (2, 2), "bare": ()}[op]
+    scale, shift = with_leaves(*torch.randn(2, *shape, dtype=torch.float64))
+
+    def function(x, *parameters):
+        function = ops.adain if op == "adain" else ops.instance_norm
+        return function(x, *parameters, eps=eps, backend="cpu")
+
+    inputs = (x,) if op == "bare" else (x, scale, shift)
+    torch.autograd.gradcheck(function, inputs)
+    torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_gradient_penalty_equals_the_reference():
+    """The use of second order: a penalty on the input gradient, differentiated by everything."""
+    x, scale, shift = with_leaves(torch.randn(2, 3, 6, 6), torch.randn(2, 3), torch.randn(2, 3))
+    results = []
+    for backend in "cpu", "reference":
+        y = ops.adain(x, scale, shift, backend=backend).tanh()
+        (grad_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(grad_x.square().sum(), (x, scale, shift)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    (
+        ({"x": torch.ones(2, 3)}, ValueError, r"x: expected at least three dimensions.* \(2, 3\)"),
+        ({"weight": torch.ones(4)}, ValueError, r"weight: expected shape \(3,\) .* got \(4,\)"),
+        ({"bias": torch.ones(2, 3)}, ValueError, r"bias: expected shape \(3,\) .* got \(2, 3\)"),
+        ({"weight": torch.ones(3).half()}, TypeError, "weight: expected the dtype of x, float32"),
+        ({"eps": 0}, ValueError, "eps: expected a positive number, got 0"),
+        ({"eps": -1e-5}, ValueError, "eps: expected a positive number, got -1e-05"),
+        ({"eps": float("nan")}, ValueError, "eps: expected a positive number, got nan"),
+        ({"eps": "small"}, TypeError, "eps: expected a positive number, got str"),
+    ),
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(change, error, message):
+    arguments = {"x": torch.ones(2, 3, 4), "weight": torch.ones(3), "bias": torch.ones(3)}
+    with pytest.raises(error, match=message):
+        ops.instance_norm(**{**arguments, **change})
+
+
+def test_adain_wants_one_parameter_for_each_plane():
+    x = torch.ones(2, 3, 4)
+    with pytest.raises(ValueError, match=r"scale: expected shape \(2, 3\) .* got \(3,\)"):
+        ops.adain(x, torch.ones(3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"shift: expected shape \(2, 3\) .* got \(2, 4\)"):
+        ops.adain(x, torch.ones(2, 3), torch.ones(2, 4))
+
+
+def test_raw_operators_check_what_they_read():
+    raw = torch.ops.fastgen
+    x, stats = torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="scale"):
+        raw.instance_norm_fwd(x, torch.ones(3), None, 1e-5)
+    with pytest.raises(RuntimeError, match="expected"):
+        raw.instance_norm_fwd(torch.ones(2, 3), None, None, 1e-5)
+    with pytest.raises(RuntimeError, match="expected float32"):
+        raw.instance_norm_fwd(x.long(), None, None, 1e-5)
+    for bad in stats.float(), stats[:1], stats[:, :2]:
+        with pytest.raises(RuntimeError, match="mean"):
+            raw.instance_norm_bwd(x, x, bad, stats, None, 1e-5)
+        with pytest.raises(RuntimeError, match="var"):
+            raw.instance_norm_bwd(x, x, stats, bad, None, 1e-5)
+    with pytest.raises(RuntimeError, match="grad_y"):
+        raw.instance_norm_bwd(x[..., :3], x, stats, stats, None, 1e-5)

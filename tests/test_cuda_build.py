@@ -1,0 +1,145 @@
+"""The CUDA module: built where nvcc is, independent of CUDA's shared libraries, for every
+architecture, and on a GPU equal to the CPU kernels."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import _build
+from fastgen.ops import _library
+
+ROOT = Path(__file__).parents[1]
+MODULE = Path(fastgen.__file__).with_name("_C_cuda.abi3.so")
+ARCHS = ("80", "86", "90", "100")
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def find_nvcc():
+    found = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    return found if Path(found).exists() else None
+
+
+def find_cuobjdump():
+    folders = [Path("/usr/local/cuda/bin")]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = [shutil.which("cuobjdump"), *map(str, (f / "cuobjdump" for f in folders))]
+    return next((f for f in found if f and Path(f).exists()), None)
+
+
+RECORD = _build.info()
+NVCC = find_nvcc()
+CUOBJDUMP = find_cuobjdump()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
+needs_module = pytest.mark.skipif(
+    not RECORD["cuda"], reason=f"no CUDA module was built: {RECORD['cuda_reason']}"
+)
+
+
+@needs_nvcc
+def test_built_where_nvcc_is():
+    if RECORD["cuda_reason"] == "left out by FASTGEN_CUDA=0":
+        pytest.skip(RECORD["cuda_reason"])
+    assert RECORD["cuda"], RECORD["cuda_reason"]
+    assert RECORD["nvcc"]
+    assert MODULE.exists()
+
+
+@needs_module
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_not_loaded_by_a_torch_without_cuda():
+    assert "fastgen._C_cuda" not in sys.modules
+    assert _library.cuda_unavailable == "this torch has no CUDA"
+    assert _library.broken == []
+
+
+@needs_module
+def test_needs_only_the_stable_torch_and_no_cuda_library():
+    dynamic = subprocess.run(["readelf", "-d", MODULE], capture_output=True, text=True, check=True)
+    needed = set(re.findall(r"NEEDED.*\[(.+)\]", dynamic.stdout))
+    assert {"libtorch.so", "libtorch_cpu.so", "libc10.so"} <= needed
+    assert not [name for name in needed if re.search("cuda|cublas|nvrtc", name)]
+
+
+@needs_module
+@pytest.mark.skipif(CUOBJDUMP is None, reason="there is no cuobjdump here (CUDA toolkit or Triton)")
+def test_has_code_for_every_architecture():
+    shown = subprocess.run(
+        [CUOBJDUMP, "--list-elf", "--list-ptx", MODULE], capture_output=True, text=True, check=True
+    ).stdout
+    listed = {int(a) for a in re.findall(r"sm_(\d+)\w*\.cubin", shown)}
+    asked = {int(float(a) * 10) for a in re.findall(r"\d+\.\d+", RECORD["cuda_archs"])}
+    assert listed == asked
+    assert (".ptx" in shown) == ("+PTX" in RECORD["cuda_archs"])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+def test_no_kernel_spills(source, tmp_path):
+    """Registers that do not fit go to memory, silently: ptxas tells."""
+    include = Path(torch.__file__).parent / "include"
+    done = subprocess.run(
+        [NVCC, "-std=c++17", "-O3", "-Xptxas=-v", "-DUSE_CUDA", "--fatbin", str(source)]
+        + [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+        + ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", f"-I{include}"]
+        + ["--expt-relaxed-constexpr", "-o", str(tmp_path / "x.fatbin")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", done.stderr)
+    assert {arch for _, arch in kernels} == set(ARCHS), done.stderr
+    assert len(spills) >= len(kernels)
+    assert set(spills) == {("0", "0")}, done.stderr
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", (0, 1, 3, 4, 5, 1023, 1024, 1025, 1_000_003))
+@pytest.mark.parametrize("key", ([0, 0], [1234567, 89], [-1, 2**62]))
+def test_philox_words_equal_those_of_the_cpu(count, key):
+    key = torch.tensor(key)
+    expected = torch.ops.fastgen.philox_words(key, count)
+    assert torch.equal(torch.ops.fastgen.philox_words(key.cuda(), count).cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_philox_words_on_another_stream_and_in_a_graph():
+    key = torch.tensor([7, 0], device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        words = torch.ops.fastgen.philox_words(key, 4096)
+    stream.synchronize()
+    assert torch.equal(words.cpu(), torch.ops.fastgen.philox_words(key.cpu(), 4096))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = torch.ops.fastgen.philox_words(key, 4096)
+    for offset in 0, 5:
+        key[1] = offset
+        graph.replay()
+        expected = torch.ops.fastgen.philox_words(torch.tensor([7, offset]), 4096)
+        assert torch.equal(replayed.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_philox_words_checks_its_key():
+    for key in (
+        torch.zeros(3, dtype=torch.long),
+        torch.zeros(2),
+        torch.zeros(2, 1, dtype=torch.long),
+    ):
+        with pytest.raises(RuntimeError, match="philox_words: key has the wrong"):
+            torch.ops.fastgen.philox_words(key.cuda(), 4)
+    with pytest.raises(RuntimeError, match="philox_words: count must be between"):
+        torch.ops.fastgen.philox_words(torch.zeros(2, dtype=torch.long).cuda(), -1)

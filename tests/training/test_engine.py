@@ -1,0 +1,291 @@
+"""The engine over a small task of its own, with two phases a step."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fastgen.training import checkpoint as ckpt
+from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
+from fastgen.training.engine import Engine, load_weights, make_accelerator
+from fastgen.training.errors import CheckpointError, NonFiniteLossError, RunError
+from fastgen.training.rng import get_rng_state, seed_all, set_rng_state
+from fastgen.training.run_folder import RunFolder
+from fastgen.training.stage_run import StageRun
+from fastgen.training.tasks.base import PhaseLoss, Stage, Task
+
+
+class RegressionStage(Stage):
+    """Two linear maps fitted to one target, each in a phase of its own."""
+
+    name = "regression"
+
+    def __init__(self, config, modules):
+        self.config = config
+        self.modules = modules
+        self.poison_at = None
+        self.calls = 0
+        self.seen = []
+
+    def train_tensors(self):
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+        return {"x": x, "y": x @ torch.tensor([1.0, -2.0, 3.0, 0.5])}
+
+    def optimizers(self):
+        return {
+            name: self.config.optimizer.build([module]) for name, module in self.modules.items()
+        }
+
+    def loss(self, phase, nets, batch):
+        self.calls += 1
+        self.seen.append((phase, len(batch["x"])))
+        loss = (nets[phase](batch["x"])[:, 0] - batch["y"]).square().mean()
+        if self.calls == self.poison_at:
+            loss = loss * float("nan")
+        return PhaseLoss(loss, {f"{phase}_loss": loss})
+
+    def summarise(self, logs):
+        return {name: value.item() for name, value in logs.items()}
+
+    def validate(self, modules):
+        return {"weight": modules["first"].weight[0, 0].item()}
+
+    def draw(self, modules):
+        return {"weights": modules["first"].weight.detach().view(1, 1, 2, 2)}
+
+
+class RegressionTask(Task):
+    def __init__(self, steps=20, **stage):
+        torch.manual_seed(0)
+        self.modules = {"first": nn.Linear(4, 1), "second": nn.Linear(4, 1)}
+        optimizer = OptimizerConfig(lr=0.1, warmup_steps=0)
+        config = StageConfig(steps=steps, batch_size=16, optimizer=optimizer)
+        self.stages = [RegressionStage(replace(config, **stage), self.modules)]
+
+    def sample(self, num, *, labels, temperature, generator):
+        raise NotImplementedError
+
+    def evaluate(self):
+        raise NotImplementedError
+
+
+def build(folder, task=None, **options) -> Engine:
+    options = {"cpu": True, "log_every": 5, "valid_every": 10, "checkpoint_every": 10} | options
+    config = EngineConfig(**options)
+    run = folder if isinstance(folder, RunFolder) else RunFolder.create(folder / "run", {"a": 1})
+    return Engine(task or RegressionTask(), config, run, make_accelerator(config))
+
+
+def metrics(engine, split):
+    lines = map(json.loads, engine.run.metrics_path.read_text().splitlines())
+    return [line for line in lines if line["split"] == split]
+
+
+def test_both_phases_learn_and_are_logged(tmp_path):
+    engine = build(tmp_path, RegressionTask(steps=60))
+    engine.train()
+    lines = metrics(engine, "train")
+    assert [line["step"] for line in lines] == list(range(5, 65, 5))
+    for name in ("first_loss", "second_loss"):
+        assert lines[-1][name] < 0.05 * lines[0][name]
+    assert [line["step"] for line in metrics(engine, "valid")] == [0, 10, 20, 30, 40, 50, 60]
+    saved = [path.name for path in ckpt.list_checkpoints(engine.run.checkpoints)]
+    assert saved == ["step-00000050", "step-00000060"]
+    assert (engine.run.samples / "step-00000060-weights.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((engine.run.path / "tensorboard").iterdir())
+
+
+def test_the_interval_is_averaged(tmp_path):
+    engine = build(tmp_path, RegressionTask(steps=10), log_every=1)
+    engine.train()
+    single = [line["first_loss"] for line in metrics(engine, "train")]
+    engine = build(tmp_path / "other", RegressionTask(steps=10), log_every=5)
+    engine.train()
+    averaged = [line["first_loss"] for line in metrics(engine, "train")]
+    assert averaged == pytest.approx([sum(single[:5]) / 5, sum(single[5:]) / 5])
+
+
+def test_accumulation_gives_the_same_gradient(tmp_path):
+    whole, parts = build(tmp_path / "a"), build(tmp_path / "b", accumulate=4)
+    whole.train()
+    parts.train()
+    assert set(whole.task.stages[0].seen) == {("first", 16), ("second", 16)}
+    assert set(parts.task.stages[0].seen) == {("first", 4), ("second", 4)}
+    for a, b in zip(whole.task.modules.values(), parts.task.modules.values(), strict=True):
+        torch.testing.assert_close(a.weight, b.weight)
+    a, b = (metrics(engine, "train")[0]["first_loss"] for engine in (whole, parts))
+    assert a == pytest.approx(b)
+
+
+def test_clipping_bounds_the_update(tmp_path):
+    plain, clipped = build(tmp_path / "a"), build(tmp_path / "b", max_grad_norm=1e-12)
+    before = clipped.task.modules["first"].weight.clone()
+    plain.train()
+    clipped.train()
+    assert (plain.task.modules["first"].weight - before).abs().max() > 0.5
+    # AdamW's eps of 1e-8 dwarfs the clipped gradient
+    assert (clipped.task.modules["first"].weight - before).abs().max() < 1e-2
+
+
+def test_averaged_weights_are_the_result(tmp_path, monkeypatch):
+    engine = build(tmp_path, ema_decay=0.9)
+    history = []
+    step = StageRun.step
+
+    def recorded(run):
+        step(run)
+        history.append(run.stage.modules["first"].weight.detach().clone())
+
+    monkeypatch.setattr(StageRun, "step", recorded)
+    engine.train()
+    expected = history[0]
+    for weight in history[1:]:
+        expected = 0.9 * expected + 0.1 * weight
+    torch.testing.assert_close(engine.task.modules["first"].weight.detach(), expected)
+    assert metrics(engine, "valid")[-1]["weight"] == pytest.approx(expected[0, 0].item())
+    middle = ckpt.load_checkpoint(engine.run.checkpoints / "step-00000010")
+    fresh = RegressionTask()
+    load_weights(fresh, middle)
+    assert torch.equal(fresh.modules["first"].weight, history[9])
+    load_weights(fresh, middle, averaged=True)
+    assert not torch.equal(fresh.modules["first"].weight, history[9])
+
+
+@pytest.mark.parametrize("poison_at", [1, 31, 36])
+def test_a_nan_loss_stops_the_run(tmp_path, poison_at):
+    task = RegressionTask()
+    task.stages[0].poison_at = poison_at
+    engine = build(tmp_path, task)
+    step = (poison_at + 1) // 2
+    where = "step-00000010" if step > 10 else "there is no checkpoint yet"
+    with pytest.raises(NonFiniteLossError, match=rf"at step {step}; .*{where}"):
+        engine.train()
+    for path in ckpt.list_checkpoints(engine.run.checkpoints):
+        weights = ckpt.load_checkpoint(path)["model"]
+        assert all(value.isfinite().all() for state in weights.values() for value in state.values())
+
+
+def test_a_complete_run_is_left_as_it_is(tmp_path):
+    engine = build(tmp_path)
+    engine.train()
+    before = engine.run.metrics_path.read_bytes()
+    again = build(engine.run)
+    again.train(resume=True)
+    assert again.task.stages[0].calls == 0
+    assert engine.run.metrics_path.read_bytes() == before
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path, capsys):
+    engine = build(tmp_path)
+    engine.train()
+    newest = engine.run.checkpoints / "step-00000020"
+    whole = ckpt.load_checkpoint(newest)["model"]
+    content = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(content[:-4])
+    build(engine.run).train(resume=True)
+    out = capsys.readouterr().out
+    assert "warning" in out and "model.safetensors is damaged" in out and "step-00000010" in out
+    assert (engine.run.checkpoints / "damaged-step-00000020" / "model.json").exists()
+    again = ckpt.load_checkpoint(newest)["model"]
+    assert all(torch.equal(whole[m][k], again[m][k]) for m in whole for k in whole[m])
+
+
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
+    engine = build(tmp_path)
+    engine.train()
+    for path in ckpt.list_checkpoints(engine.run.checkpoints):
+        (path / "rng.safetensors").write_bytes(b"")
+    before = sorted(path.name for path in engine.run.checkpoints.iterdir())
+    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+        build(engine.run).train(resume=True)
+    assert sorted(path.name for path in engine.run.checkpoints.iterdir()) == before
+
+
+def test_another_model_is_refused(tmp_path):
+    engine = build(tmp_path)
+    engine.train()
+    other = RegressionTask()
+    other.modules["first"] = nn.Linear(5, 1)
+    with pytest.raises(CheckpointError, match="does not fit the configured model"):
+        build(engine.run, other).train(resume=True)
+
+
+def test_two_processes_cannot_train_one_run(tmp_path):
+    engine = build(tmp_path)
+    engine.run.lock()
+    with pytest.raises(RunError, match="being trained by another process"):
+        build(RunFolder.open(engine.run.path)).train(resume=True)
+    engine.run.unlock()
+    build(RunFolder.open(engine.run.path)).train(resume=True)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_mixed_precision(tmp_path, precision, dtype):
+    task = RegressionTask()
+    task.modules["first"] = nn.Sequential(task.modules["first"])
+    stage = task.stages[0]
+    stage.validate, stage.draw = lambda modules: {}, lambda modules: {}
+    linear, seen = task.modules["first"][0], set()
+    linear.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    build(tmp_path, task, mixed_precision=precision).train()
+    assert seen == {dtype} and linear.weight.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports inductor
+def test_compiled_equals_eager(tmp_path):
+    eager, compiled = build(tmp_path / "a"), build(tmp_path / "b", compile=True)
+    eager.train()
+    compiled.train()
+    for a, b in zip(eager.task.modules.values(), compiled.task.modules.values(), strict=True):
+        torch.testing.assert_close(a.weight, b.weight)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimizerConfig(lr=2.0, warmup_steps=4, final_lr=0.1)
+    rates = [config.lr_at(step, 104) for step in range(104)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and max(rates) == 2.0
+    assert rates[54] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert config.lr_at(104, 104) == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_weight_decay_spares_vectors():
+    optimizer = OptimizerConfig(weight_decay=0.3).build([nn.Linear(2, 2)])
+    decays = {
+        p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert decays == {2: 0.3, 1: 0.0}
+
+
+@pytest.mark.parametrize("draws", [0, 1, 2])
+def test_all_generators_come_back(draws):
+    import random
+
+    import numpy as np
+
+    def draw():
+        return random.gauss(0, 1), random.random(), np.random.randn(), torch.randn(3).tolist()
+
+    seed_all(3)
+    for _ in range(draws):
+        draw()
+    state = get_rng_state(torch.device("cpu"))
+    first = draw()
+    set_rng_state(state, torch.device("cpu"))
+    assert draw() == first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"log_every": 0}, "engine.log_every must be at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "engine.keep_checkpoints must be at least 1"),
+        ({"ema_decay": 1.0}, r"engine.ema_decay must be in \(0, 1\), got 1.0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**options)

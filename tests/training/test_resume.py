@@ -1,0 +1,82 @@
+"""Killed at any moment and resumed, a run ends bit for bit where it would have ended anyway."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgen.training.checkpoint import list_checkpoints, load_checkpoint
+from fastgen.training.options import config_to_dict
+
+DRIVER = Path(__file__).with_name("crash_driver.py")
+
+
+def same_bits(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        return torch.equal(
+            a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+        )
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return type(a) is type(b) and a == b
+
+
+def metrics_without_timings(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "steps_per_second"} for line in lines
+    ]
+
+
+def die_and_compare(folder: Path, config, points: list[int], delays: list[float]) -> None:
+    wanted = {"config": config_to_dict("vqvae", config), "points": points, "delays": delays}
+    command = [sys.executable, str(DRIVER), str(folder), json.dumps(wanted)]
+    threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "deaths.json").read_text())
+    assert report["ends"] == {"whole": 0, "killed": 0}, done.stderr
+    assert report["deaths"][: len(points)] == [-9] * len(points), done.stderr
+    assert set(report["deaths"][len(points) :]) <= {0, -9}, done.stderr
+
+    whole, killed = folder / "whole", folder / "killed"
+    ours, theirs = (list_checkpoints(run / "checkpoints") for run in (killed, whole))
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        a, b = load_checkpoint(mine), load_checkpoint(other)
+        # the lengths of lines with timings in them differ
+        del a["progress"]["metrics_bytes"], b["progress"]["metrics_bytes"]
+        for section in b:
+            assert same_bits(a[section], b[section]), f"{mine.name}/{section}"
+    assert metrics_without_timings(killed) == metrics_without_timings(whole)
+    assert not list(killed.rglob(".tmp-*"))
+    for png in (whole / "samples").iterdir():
+        assert (killed / "samples" / png.name).read_bytes() == png.read_bytes()
+
+
+def test_killed_while_it_writes_and_while_it_trains(tmp_path, config):
+    die_and_compare(tmp_path, config, points=[3, 9, 16, 27, 38, 45], delays=[0.01, 0.1])
+
+
+@pytest.mark.slow
+def test_killed_at_every_call_that_writes(tmp_path, config):
+    config.engine.checkpoint_every = 3
+    die_and_compare(
+        tmp_path, config, points=list(range(1, 60)), delays=[0.02 * i for i in range(10)]
+    )
+
+
+def test_bits_differ_when_they_differ(finished_run):
+    sections = load_checkpoint(list_checkpoints(finished_run / "checkpoints")[-1])
+    other = load_checkpoint(list_checkpoints(finished_run / "checkpoints")[-1])
+    assert same_bits(sections, other)
+    other["optimizers"]["prior"]["state"][0]["exp_avg"][0, 0] += 1e-6
+    assert not same_bits(sections, other)
