@@ -186,6 +186,12 @@ def test_a_batch_of_padding_alone_has_no_loss_and_keeps_the_codes():
     result = layer(torch.randn(2, 3, 4, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.bool))
     assert result.loss == 0
     torch.testing.assert_close(layer.codebook, before)
+    layer.ema_counts[3] = 0
+    layer.idle_steps[3] = 5
+    code = layer.ema_sums[3].clone()
+    layer(torch.randn(2, 3, 4, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.bool))
+    assert layer.idle_steps[3] == 6, "a code was revived from padding"
+    torch.testing.assert_close(layer.ema_sums[3], 0.99 * code)
 
 
 def test_channel_first_is_a_view_of_the_same_thing():
@@ -256,9 +262,10 @@ def test_kmeans_takes_masked_batches_and_batches_smaller_than_the_codebook():
     x = torch.randn(9, 2)
     mask = torch.arange(9) % 2 == 0
     x[~mask] = math.nan
+    layer.init_from(x, mask)
+    assert (layer.codebook[:, None] == x[mask]).all(-1).any(1).all(), "a code left the batch"
     result = layer(x, mask)
-    assert layer.codebook.isfinite().all()
-    torch.testing.assert_close(result.quantized[mask], x[mask])
+    assert torch.equal(result.quantized[mask], x[mask])
 
 
 def test_kmeans_start_survives_the_state_dict():

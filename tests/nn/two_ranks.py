@@ -1,12 +1,14 @@
 """One of two ranks (`two_ranks.py RANK STORE`): fails unless both hold what one process would."""
 
 import copy
+import os
 import sys
 
 import torch
 import torch.distributed as dist
 
 from fastgen import nn
+from fastgen.nn._kmeans import all_reduce, candidates
 
 
 def same_on_both(module):
@@ -47,6 +49,16 @@ def random_choices(rank, make):
         layer(x[:0] if step in (0, 7) and rank == 1 else x)
         same_on_both(layer)
     return layer
+
+
+def candidates_come_from_both_ranks(rank):
+    """Each code is offered one whole row, of either rank."""
+    rows = torch.arange(40.0).view(20, 2) + 100 * rank
+    offers = all_reduce(candidates(rows, None, 16, sync=True), sync=True)
+    assert (offers[:, -1] == 1).all()
+    offers = offers[:, :-1]
+    assert torch.equal(offers[:, 1], offers[:, 0] + 1) and (offers[:, 0] % 100 < 40).all()
+    assert set((offers[:, 0] // 100).tolist()) == {0.0, 1.0}
 
 
 def one_collective(rank, make):
@@ -91,9 +103,12 @@ def main(rank, store):
     random_choices(rank, lambda: nn.VectorQuantizer(16, 4, **revive))
     random_choices(rank, lambda: nn.VectorQuantizer(16, 4, codebook="gradient", **revive))
     random_choices(rank, lambda: nn.ResidualVQ(2, 16, 4, **revive))
+    candidates_come_from_both_ranks(rank)
     wrapped(rank)
-    print("all checks ran")
-    dist.destroy_process_group()
+    print("all checks ran", flush=True)
+    dist.barrier()
+    # gloo's threads sometimes abort when the interpreter tears them down.
+    os._exit(0)
 
 
 if __name__ == "__main__":
