@@ -106,6 +106,8 @@ def needs_training(command: Callable[[Sequence[str]], int]) -> Callable[[Sequenc
 
 @needs_training
 def _train(arguments: Sequence[str]) -> int:
+    from accelerate import PartialState
+
     from fastgen.training.options import parse_train_options, train_help
     from fastgen.training.runs import resume_run, start_run
 
@@ -123,7 +125,10 @@ def _train(arguments: Sequence[str]) -> int:
             return 0
         wanted = parse_train_options(recipe, rest)
         run = start_run(recipe, wanted.config, wanted.run_dir)
-    print(f"done: {run.path}")
+    processes = PartialState()
+    if processes.is_main_process:
+        print(f"done: {run.path}")
+    processes.destroy_process_group()
     return 0
 
 
@@ -205,10 +210,9 @@ def _bench(arguments: Sequence[str]) -> int:
 
 
 def _info(arguments: Sequence[str]) -> int:
-    CommandParser("fastgen info", description="versions, builds and backends").parse_args(arguments)
-    from fastgen import info
+    from fastgen.info import main as print_info
 
-    return int(info.main() or 0)
+    return print_info(arguments)
 
 
 def _positive(text: str) -> int:

@@ -212,7 +212,8 @@ class Engine:
             tqdm.write(f"warning: the checkpoint is of {written_by} processes: new random states")
             seed_all(self.config.seed + self.step * self.accelerator.num_processes + rank)
             return
-        own = {name: state[rank].cpu() for name, state in states.items()}
+        # clone: torch.set_rng_state crashes on a view into a larger tensor
+        own = {name: state[rank].clone() for name, state in states.items()}
         set_rng_state(own, self.accelerator.device)
 
 

@@ -57,7 +57,7 @@ def die_and_compare(folder: Path, config, points: list[int], delays: list[float]
         for section in b:
             assert same_bits(a[section], b[section]), f"{mine.name}/{section}"
     assert metrics_without_timings(killed) == metrics_without_timings(whole)
-    assert not list(killed.rglob(".tmp-*"))
+    assert not [*killed.rglob(".tmp-*"), *killed.rglob("damaged-*")]
     for png in (whole / "samples").iterdir():
         assert (killed / "samples" / png.name).read_bytes() == png.read_bytes()
 

@@ -1,0 +1,56 @@
+"""Two processes on the halves of a batch train as one process does on the whole."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastgen.training.checkpoint import list_checkpoints, load_checkpoint
+
+OPTIONS = [
+    "--autoencoder.steps=12",
+    "--prior.steps=12",
+    "--prior_model.dropout=0",
+    "--model.kmeans_init=false",
+    "--model.revive_after=null",
+    "--engine.cpu=true",
+    "--engine.checkpoint_every=5",
+    "--engine.log_every=4",
+]
+
+
+def train(processes: int, folder, *options: str) -> dict:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launch, "-m", "fastgen.cli", "train", *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole = train(1, one, "vqvae", *OPTIONS, f"--run_dir={one}")
+    halves = train(2, two, "vqvae", *OPTIONS, f"--run_dir={two}")
+    assert len(halves["rng"]["torch"]) == 2
+    for module in ("autoencoder", "prior"):
+        for name, value in whole["model"][module].items():
+            other = halves["model"][module][name]
+            torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
+
+    # a checkpoint of two processes goes on with two, bit for bit
+    for step in (20, 24):
+        (two / f"checkpoints/step-{step:08d}").rename(tmp_path / f"{step}")
+    config = (two / "config.yaml").read_text()
+    (two / "checkpoints").rename(tmp_path / "old")
+    (two / "checkpoints").mkdir()
+    (tmp_path / "20").rename(two / "checkpoints/step-00000020")
+    again = train(2, two, f"--resume={two}")
+    assert (two / "config.yaml").read_text() == config
+    for module in ("autoencoder", "prior"):
+        for name, value in halves["model"][module].items():
+            assert torch.equal(again["model"][module][name], value), name
