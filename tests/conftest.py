@@ -1,8 +1,18 @@
 """What every test runs under: fixed seeds, and fresh memory filled with NaN so that an unwritten
 output fails."""
 
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths
 
 from fastgen.ops import _library
 
@@ -43,6 +53,41 @@ def isa():
 
     yield force
     torch.ops.fastgen.force_cpu_isa(before)
+
+
+@pytest.fixture(scope="session")
+def native(request):
+    """native(name): the pybind11 module tests/cpp/<name>.cpp, compiled once for a state of csrc.
+
+    Test-only access to what is below the operators. The flags are those of setup.py that decide
+    about rounding.
+    """
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build tests/cpp with")
+    root = Path(__file__).parents[1]
+    command = [compiler, "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-w"]
+    command += ["-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    includes = [pybind11.get_include(), sysconfig.get_path("include"), str(root / "csrc")]
+    command += [f"-I{path}" for path in [*includes, *include_paths()]]
+    files = [*(root / "csrc").rglob("*.h"), *(root / "tests" / "cpp").iterdir()]
+    texts = [p.read_bytes() for p in sorted(files)]
+    digest = hashlib.sha256(repr((command, sys.version, texts)).encode()).hexdigest()[:16]
+
+    def build(name):
+        target = request.config.cache.mkdir("native") / f"{name}-{digest}.so"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            source = root / "tests" / "cpp" / f"{name}.cpp"
+            subprocess.run([*command, str(source), "-o", str(partial)], check=True)
+            partial.replace(target)
+        spec = importlib.util.spec_from_file_location(name, target)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return build
 
 
 def pytest_configure(config):

@@ -1,13 +1,8 @@
 """Keys, the integer stream, and the scalar cores of csrc/common that CPU and CUDA share."""
 
-import hashlib
 import importlib.util
 import os
 import random as python_random
-import shutil
-import subprocess
-import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,27 +32,9 @@ KEYS = [
 
 
 @pytest.fixture(scope="session")
-def cores(request):
-    """The scalar cores, compiled with the flags of setup.py that decide about rounding."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build tests/cpp/noise_cores.cpp with")
-    source = ROOT / "tests" / "cpp" / "noise_cores.cpp"
-    command = [compiler, "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared"]
-    for path in pybind11.get_include(), sysconfig.get_path("include"), str(ROOT / "csrc"):
-        command += ["-fPIC", f"-I{path}"]
-    texts = [p.read_bytes() for p in (source, *sorted((ROOT / "csrc" / "common").glob("*.h")))]
-    digest = hashlib.sha256(repr((command, sys.version, texts)).encode()).hexdigest()[:16]
-    target = request.config.cache.mkdir("noise_cores") / f"{digest}.so"
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, str(source), "-o", str(partial)], check=True)
-        partial.replace(target)
-    spec = importlib.util.spec_from_file_location("noise_cores", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def cores(native):
+    """The scalar cores of csrc/common."""
+    return native("noise_cores")
 
 
 # --- the integer stream ------------------------------------------------------------------------

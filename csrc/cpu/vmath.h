@@ -1,5 +1,5 @@
 // Elementary functions on vectors, for one instruction set. Read once per instruction set, after simd.h.
-// float: polynomials with a maximum error of about 2 ulp (tests/ops/test_vmath.py); double: libm lane by lane.
+// float: polynomials, maximum errors between 1.5 and 3.5 ulp (tests/test_vmath.py); double: libm lane by lane.
 // Polynomial coefficients are the single precision ones of the Cephes library (S. Moshier).
 
 namespace fastgen::FASTGEN_ISA_NS {
