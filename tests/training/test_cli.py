@@ -213,6 +213,11 @@ def test_a_nan_loss_is_one_line_and_status_one(tmp_path, monkeypatch, capsys):
     assert "loss is NaN or infinite at step" in capsys.readouterr().err
 
 
+def test_info(capsys):
+    main(["info"])
+    assert "vq_quantize" in capsys.readouterr().out
+
+
 def test_help(capsys):
     assert main(["--help"]) == 0
     assert "train RECIPE" in capsys.readouterr().out
