@@ -25,7 +25,7 @@ from torch.autograd import Function
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, autocast_promote, needs_grad
+from fastgen.ops._autograd import accumulate_dtype, autocast_promote, kept_signature, needs_grad
 
 __all__ = ["instance_norm", "instance_norm_with_stats"]
 
@@ -99,6 +99,7 @@ class _InstanceNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,9 +118,10 @@ class _InstanceNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple:
         x, mean, var, scale = ctx.saved_tensors
-        grad_x, *grads = _InstanceNormBackward.apply(
-            grad_y, x, mean, var, _per_plane(scale, x), ctx.eps
-        )
+        tensors = (grad_y, x, mean, var, _per_plane(scale, x))
+        raw = torch.ops.fastgen.instance_norm_bwd
+        backward = _InstanceNormBackward.apply if needs_grad(*tensors) else raw
+        grad_x, *grads = backward(*tensors, ctx.eps)
         for i, parameter in enumerate(ctx.parameters):
             if parameter is None:
                 grads[i] = None
@@ -133,6 +135,7 @@ class _InstanceNormBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,13 @@ from torch.autograd import Function
 
 from fastgen import backends, random
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, autocast_promote, needs_grad, reference_vjp
+from fastgen.ops._autograd import (
+    accumulate_dtype,
+    autocast_promote,
+    kept_signature,
+    needs_grad,
+    reference_vjp,
+)
 
 __all__ = ["reparam_kl"]
 
@@ -92,6 +98,7 @@ class _ReparamKL(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         mu: Tensor, logvar: Tensor, noise: Tensor | None, key: Tensor | None, noise_grad: bool
     ) -> tuple[Tensor, Tensor]:
@@ -117,6 +124,7 @@ class _ReparamKLBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         grad_z: Tensor,
         grad_kl: Tensor,

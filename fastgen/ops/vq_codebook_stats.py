@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, needs_grad
+from fastgen.ops._autograd import accumulate_dtype, kept_signature, needs_grad
 
 __all__ = ["vq_codebook_stats"]
 
@@ -72,6 +72,7 @@ class _VQCodebookStats(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
         return torch.ops.fastgen.vq_codebook_stats_fwd(x, indices, codebook_size)
 

@@ -26,7 +26,13 @@ from torch.autograd import Function
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, autocast_promote, needs_grad, reference_vjp
+from fastgen.ops._autograd import (
+    accumulate_dtype,
+    autocast_promote,
+    kept_signature,
+    needs_grad,
+    reference_vjp,
+)
 from fastgen.ops.vq_nearest import check_codebook, vq_nearest_reference
 
 __all__ = ["VQResult", "vq_quantize"]
@@ -114,6 +120,7 @@ class _VQQuantize(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         x: Tensor, codebook: Tensor, commitment_weight: float, codebook_weight: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +147,10 @@ class _VQQuantize(Function):
         if grad_loss is None:
             grad_loss = x.new_zeros((), dtype=accumulate_dtype(x.dtype))
         codebook_grad = ctx.needs_input_grad[1]
-        grad_x, grad_codebook = _VQQuantizeBackward.apply(
-            grad_quantized, grad_loss, x, codebook, indices, *ctx.weights, codebook_grad
-        )
+        tensors = (grad_quantized, grad_loss, x, codebook, indices)
+        raw = torch.ops.fastgen.vq_quantize_bwd
+        backward = _VQQuantizeBackward.apply if needs_grad(*tensors) else raw
+        grad_x, grad_codebook = backward(*tensors, *ctx.weights, codebook_grad)
         return grad_x, grad_codebook if codebook_grad else None, None, None
 
 
@@ -150,6 +158,7 @@ class _VQQuantizeBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @kept_signature
     def forward(
         grad_quantized: Tensor,
         grad_loss: Tensor,
