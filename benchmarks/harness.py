@@ -33,6 +33,8 @@ class Case:
         flops: fewest floating point operations of the forward, 0 where memory is all that counts.
         peers: other libraries doing the same on the same tensors, by name. A peer that raises
             ImportError is reported as not installed.
+        compiled: whether to time torch.compile of the reference; False where the reference is
+            written out over a dimension that makes compiling it take minutes.
     """
 
     op: str
@@ -43,6 +45,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    compiled: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def interleaved(
     device: torch.device,
     *,
     budget: float = 4.0,
-    least: int = 5,
+    least: int = 3,
     most: int = 200,
 ) -> dict[str, list[float]]:
     """Times each function once a round, `least` to `most` rounds, for about `budget` seconds."""
@@ -109,12 +112,8 @@ def providers(case: Case) -> dict[str, Callable[..., Any]]:
 
     # A fresh compilation a case: recompiling for a new size would count against torch.compile.
     torch._dynamo.reset()
-    return {
-        "fastgen": ours,
-        "reference": reference,
-        "torch.compile": torch.compile(reference),
-        **case.peers,
-    }
+    compiled = {"torch.compile": torch.compile(reference)} if case.compiled else {}
+    return {"fastgen": ours, "reference": reference, **compiled, **case.peers}
 
 
 def _forward_backward(

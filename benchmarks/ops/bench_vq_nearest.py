@@ -37,7 +37,8 @@ def _case(rows: int, codes: int, size: int) -> Case:
         call=ops.vq_nearest,
         bytes=4 * size * (rows + codes) + 8 * rows,
         flops=2 * rows * codes * size,
-        peers={"eager": expanded, "compiled": compiled, "faiss": faiss},
+        peers={"expanded": expanded, "expanded, compiled": compiled, "faiss": faiss},
+        compiled=size <= 64,
     )
 
 

@@ -1,5 +1,7 @@
 """vq_quantize: search, straight-through output and loss; backward to x and codebook."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, mse_loss
@@ -17,6 +19,15 @@ def expanded(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x + (e - x).detach(), indices, loss
 
 
+@functools.cache
+def _compiled():
+    return torch.compile(expanded)
+
+
+def compiled(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _compiled()(x, codebook)
+
+
 def _case(rows: int, codes: int, size: int) -> Case:
     return Case(
         op="vq_quantize",
@@ -26,7 +37,7 @@ def _case(rows: int, codes: int, size: int) -> Case:
         grad=(0, 1),
         bytes=4 * size * (2 * rows + codes) + 8 * rows,
         flops=2 * rows * codes * size,
-        peers={"eager": expanded},
+        peers={"expanded": expanded, "expanded, compiled": compiled},
     )
 
 
