@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     unknown = [op for op in options.ops if op not in known]
     if unknown:
-        parser.error(f"unknown op {unknown[0]!r}; expected one of {', '.join(known)}")
+        parser.exit(2, f"unknown op {unknown[0]!r}; expected one of {', '.join(known)}\n")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -115,8 +115,7 @@ class Op:
         Raises:
             ValueError: `backend`, or the one set by use_backend() or FASTGEN_BACKEND, is not a
                 backend of this op.
-            RuntimeError: it is, but it cannot take these inputs; or FASTGEN_STRICT=1 and a kernel
-                that should be there is missing.
+            RuntimeError: it is, but it cannot take these inputs.
         """
         forced = backend
         if forced is None and _override:

@@ -131,22 +131,16 @@ def test_the_checks_see_what_they_look_for():
 
 
 IMPORT = f"""
-import sys, time
-start = time.process_time()
+import sys
 import torch
-middle = time.process_time()
 before = set(sys.modules)
 import fastgen
-end = time.process_time()
 new = {{name.split(".")[0] for name in set(sys.modules) - before}}
-print(sorted(new & set({HEAVY!r})), (end - start) / (middle - start))
+print(sorted(new & set({HEAVY!r})))
 """
 
 
 def test_import_is_light():
-    """Processor time, which other work on the machine does not change."""
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    heavy, _, ratio = done.stdout.strip().rpartition(" ")
-    assert heavy == "[]"
-    assert float(ratio) < 2
+    assert done.stdout.strip() == "[]"

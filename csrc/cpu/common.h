@@ -12,6 +12,9 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -153,10 +156,28 @@ inline void check_like(const Tensor& t, const Tensor& like, const char* what) {
   check_shape(t, sizes(like), like.scalar_type(), what);
 }
 
-inline Tensor empty_contiguous(const Tensor& like) { return torch::stable::new_empty(like, sizes(like)); }
+// Asks for huge pages under a large fresh tensor. Where Linux gives them on request ("madvise", the usual
+// setting), a result costs one page fault for 2 MB instead of 512, and those faults are most of the time of an op
+// that only moves memory. It is advice: a system that ignores it changes nothing else.
+inline Tensor on_huge_pages(Tensor t) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
+  const std::uintptr_t bytes = static_cast<std::uintptr_t>(t.numel()) * t.element_size();
+  if (bytes >= 2 * kPage) {
+    const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(t.data_ptr());
+    const std::uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return t;
+}
+
+inline Tensor empty_contiguous(const Tensor& like) {
+  return on_huge_pages(torch::stable::new_empty(like, sizes(like)));
+}
 
 inline Tensor new_empty(const Tensor& like, std::vector<std::int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  return on_huge_pages(torch::stable::new_empty(like, sizes, dtype));
 }
 
 template <class T>

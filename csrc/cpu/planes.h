@@ -59,8 +59,8 @@ struct Planes {
 
   // A fresh tensor of the same shape, in the same layout, without gaps.
   Tensor new_dense() const {
-    return torch::stable::empty(sizes(tensor), tensor.scalar_type(), std::nullopt, tensor.device(), std::nullopt,
-                                memory_format(tensor, channels_last()));
+    return on_huge_pages(torch::stable::empty(sizes(tensor), tensor.scalar_type(), std::nullopt, tensor.device(),
+                                              std::nullopt, memory_format(tensor, channels_last())));
   }
 
  private:
