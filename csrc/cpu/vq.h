@@ -20,6 +20,7 @@ struct Tokens {
   bool dense() const { return element_stride == 1 && (rows <= 1 || (inner == rows && inner_stride == size)); }
 
   std::int64_t offset(std::int64_t head, std::int64_t row) const {
+    if (row < inner) return head * head_stride + row * inner_stride;
     return head * head_stride + row / inner * outer_stride + row % inner * inner_stride;
   }
 };

@@ -11,7 +11,7 @@ template <class S, class O>
 struct SumByCode {
   const Tokens* x;
   const std::int64_t *order, *offsets;  // rows sorted by code; where each code begins in them, and their end
-  std::int64_t code_count;
+  std::int64_t codebook_size;
   const acc_t<S>* codes;  // may be null
   double scale;
   O* out;
@@ -39,12 +39,16 @@ void sum_by_code(const Tokens& x, const std::int64_t* indices, std::int64_t code
   const std::int64_t total = x.heads * x.rows, code_count = x.heads * codebook_size;
   std::vector<std::int64_t> offsets(code_count + 1), order(total);
   check_indices(indices, total, codebook_size);
-  for (std::int64_t n = 0; n < total; ++n) ++offsets[n / x.rows * codebook_size + indices[n] + 1];
+  for (std::int64_t h = 0; h < x.heads; ++h) {
+    for (std::int64_t r = 0; r < x.rows; ++r) ++offsets[h * codebook_size + indices[h * x.rows + r] + 1];
+  }
   for (std::int64_t c = 0; c < code_count; ++c) offsets[c + 1] += offsets[c];
   std::vector<std::int64_t> next(offsets.begin(), offsets.end() - 1);
-  for (std::int64_t n = 0; n < total; ++n) order[next[n / x.rows * codebook_size + indices[n]]++] = n;
+  for (std::int64_t h = 0; h < x.heads; ++h) {
+    for (std::int64_t r = 0; r < x.rows; ++r) order[next[h * codebook_size + indices[h * x.rows + r]]++] = r;
+  }
 
-  const SumByCode<S, O> args{&x, order.data(), offsets.data(), code_count, codes, scale, out, counts};
+  const SumByCode<S, O> args{&x, order.data(), offsets.data(), codebook_size, codes, scale, out, counts};
   // Shares of about as many rows each: codes are used unequally. Codes belong to the share their first row is in.
   const std::int64_t share = std::max<std::int64_t>(1, 16384 / std::max<std::int64_t>(1, x.size));
   torch::stable::parallel_for(0, total / share + 1, 1, [&](std::int64_t begin, std::int64_t end) {
