@@ -31,7 +31,7 @@ def plot_results(folder: Path) -> Path:
     figure.suptitle("Time relative to fastgen (shorter is faster)")
     figure.tight_layout()
     target = folder / "speed.png"
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=80)
     plt.close(figure)
     return target
 
@@ -56,6 +56,7 @@ def _panel(axis: plt.Axes, table: list[dict], labels: list[tuple[str, str]], mod
         names.append(f"{op}\n{size}\n{ours:.3g} ms")
         height += 1
     axis.set_yticks(ticks, names, fontsize=7)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlim(0.3, max(10.0, axis.get_xlim()[1] * 3))
