@@ -15,6 +15,7 @@ from torch.nn.functional import embedding, normalize
 from fastgen import ops
 from fastgen.nn import _kmeans
 from fastgen.ops import _check
+from fastgen.ops._snapshot import snapshot
 
 __all__ = ["Codebook"]
 
@@ -151,7 +152,7 @@ class Codebook(nn.Module):
         codes = self.codes()
         if self.training and (self.ema or self.revive_after is not None):
             # Backward needs the codes as they were; the update of this step overwrites them.
-            codes = codes.clone()
+            codes = snapshot(codes)
         wide = torch.promote_types(rows.dtype, codes.dtype)
         rows, codes = rows.to(wide), codes.to(wide)
         if mask is not None:

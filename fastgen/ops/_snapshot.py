@@ -1,0 +1,46 @@
+"""A copy that no compiler removes, for values that are overwritten before backward needs them.
+
+Inductor takes `x.clone()` for a no-op and saves x itself for backward; where x is a buffer that the
+same graph updates in place, backward would then read the updated values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastgen.ops import _library
+from fastgen.ops._autograd import kept_signature, needs_grad
+
+_library.define("snapshot(Tensor x) -> Tensor")
+_library.LIBRARY.impl("snapshot", torch.clone, "CompositeExplicitAutograd")
+
+
+@_library.register_fake("snapshot")
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _Snapshot(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    @kept_signature
+    def forward(x: Tensor) -> Tensor:
+        return torch.ops.fastgen.snapshot(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def snapshot(x: Tensor) -> Tensor:
+    """A copy of x, any shape and dtype, that also holds inside compiled graphs; differentiable."""
+    return _Snapshot.apply(x) if needs_grad(x) else torch.ops.fastgen.snapshot(x)
