@@ -18,6 +18,7 @@ from typing import Any
 import fastgen
 from fastgen.cli import CommandParser, needs_training, run_command
 
+_SHORT_STEPS = 300
 _TIMED_STEPS = 30
 _WARM_UP_STEPS = 5
 
@@ -36,12 +37,17 @@ def _demo(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", default="digits", help="digits (default), mnist, ...")
     parser.add_argument("--data-root", help="folder of the data files")
     parser.add_argument("--run-dir", type=Path, help="new folder (runs/vqvae-<data>-<time>)")
-    parser.add_argument("--steps", type=int, help="steps of each of the two stages")
+    parser.add_argument("--steps", type=int, help="steps of each stage")
     options = parser.parse_args(arguments)
     wanted = [f"--data={options.data}"]
     wanted += [f"--data_root={options.data_root}"] if options.data_root else []
-    if options.steps is not None:
-        wanted += [f"--{stage}.steps={options.steps}" for stage in ("autoencoder", "prior")]
+    steps = options.steps
+    if options.data != "digits":
+        # The recipe trains larger images for hours; the demo shows a start of that, in minutes.
+        steps = steps or _SHORT_STEPS
+        wanted += ["--model.decay=0.95", "--model.revive_after=20"]
+    if steps is not None:
+        wanted += [f"--{stage}.steps={steps}" for stage in ("autoencoder", "prior")]
     recipe = parse_train_options("vqvae", wanted)
     started = time.perf_counter()
     run = start_run("vqvae", recipe.config, options.run_dir)
