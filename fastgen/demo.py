@@ -42,9 +42,11 @@ def _demo(arguments: Sequence[str]) -> int:
     wanted = [f"--data={options.data}"]
     wanted += [f"--data_root={options.data_root}"] if options.data_root else []
     steps = options.steps
-    if options.data != "digits":
+    if steps is not None and steps < 1:
+        parser.error(f"--steps: expected at least 1, got {steps}")
+    if steps is None and options.data != "digits":
         # The recipe trains larger images for hours; the demo shows a start of that, in minutes.
-        steps = steps or _SHORT_STEPS
+        steps = _SHORT_STEPS
         wanted += ["--model.decay=0.95", "--model.revive_after=20"]
     if steps is not None:
         wanted += [f"--{stage}.steps={steps}" for stage in ("autoencoder", "prior")]

@@ -429,9 +429,7 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("options", COMPILED, ids=["ema", "gradient", "cosine"])
 def test_compiled_training_equals_eager(options, compiler):
     torch._dynamo.reset()
