@@ -65,13 +65,20 @@ class Implementation:
     unavailable: str | None
     unsupported: Callable[..., str | None] | None
 
-    def reason_against(self, args: tuple) -> str | None:
-        """Why it cannot take these prepared arguments, or None; args[0] is a tensor."""
+    def reason_against_device(self, device: str) -> str | None:
+        """Why it cannot take any argument on this type of device, or None."""
         if self.unavailable is not None:
             return self.unavailable
-        if self.device is not None and args[0].device.type != self.device:
-            return f"runs on {self.device}, the input is on {args[0].device.type}"
-        return None if self.unsupported is None else self.unsupported(*args)
+        if self.device is not None and device != self.device:
+            return f"runs on {self.device}, the input is on {device}"
+        return None
+
+    def reason_against(self, args: tuple) -> str | None:
+        """Why it cannot take these prepared arguments, or None; args[0] is a tensor."""
+        reason = self.reason_against_device(args[0].device.type)
+        if reason is None and self.unsupported is not None:
+            reason = self.unsupported(*args)
+        return reason
 
 
 class Op:
@@ -86,6 +93,8 @@ class Op:
         self.name = name
         self.prepare = prepare
         self.implementations: dict[str, Implementation] = {}
+        # Worked out here for the usual devices: select() is most of the time of a small call.
+        self._on_device: dict[str, dict[str, str | None]] = {"cpu": {}, "cuda": {}}
         _ops[name] = self
 
     def implement(
@@ -107,7 +116,10 @@ class Op:
             unsupported: cheap check of prepared arguments, without synchronising: the reason it
                 cannot take them, or None.
         """
-        self.implementations[backend] = Implementation(function, device, unavailable, unsupported)
+        added = Implementation(function, device, unavailable, unsupported)
+        self.implementations[backend] = added
+        for type_, reasons in self._on_device.items():
+            reasons[backend] = added.reason_against_device(type_)
 
     def select(self, args: tuple, backend: str | None = None) -> str:
         """Name of the backend that runs for these prepared arguments.
@@ -117,18 +129,26 @@ class Op:
                 backend of this op.
             RuntimeError: it is, but it cannot take these inputs.
         """
-        forced = backend
-        if forced is None and _override:
-            forced = _override.get(self.name, _override.get(_ALL))
-        if forced is not None:
-            return self._insist(forced, args)
+        if backend is None and _override:
+            backend = _override.get(self.name, _override.get(_ALL))
+        if backend is not None:
+            return self._insist(backend, args)
+        reasons = self._device_reasons(args[0].device.type)
         for name, implementation in self.implementations.items():
-            reason = implementation.reason_against(args)
+            reason = reasons[name]
+            if reason is None and implementation.unsupported is not None:
+                reason = implementation.unsupported(*args)
             if reason is None:
                 return name
             if not torch.compiler.is_compiling():
                 self._passed_over(name, reason)
         raise RuntimeError(f"{self.name}: no backend takes these inputs")
+
+    def _device_reasons(self, device: str) -> dict[str, str | None]:
+        known = self._on_device.get(device)
+        if known is not None:
+            return known
+        return {n: i.reason_against_device(device) for n, i in self.implementations.items()}
 
     def _insist(self, name: str, args: tuple) -> str:
         implementation = self.implementations.get(name)

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-F = TypeVar("F", bound=Callable)
-
-
-def kept_signature(forward: F) -> F:
-    """Decorator of a Function's ``forward``: keeps its signature, which ``apply`` asks for.
-
-    Working it out anew costs each call more than a small kernel does.
-    """
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    return forward
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import Function
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record: where it need not, the raw op is called without a Function."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd must record."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without what only torch.func needs where that is not active.
+
+    `apply` first binds the arguments to the signature of ``forward``, in Python, which costs more
+    than a small kernel does; its C++ base class runs ``forward`` and ``setup_context`` as well.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
+def run(
+    function: type[Function],
+    raw: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    *options: Any,
+) -> Any:
+    """`function` of the tensors and options, or the `raw` operator where nothing is recorded."""
+    if needs_grad(*tensors):
+        return apply(function, *tensors, *options)
+    return raw(*tensors, *options)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,14 +58,19 @@ def autocast_promote(*tensors: Tensor | None) -> tuple[Any, ...]:
 
     Outside autocast nothing is cast, and mixed dtypes are an error of the caller. None stays None.
     """
-    given = [t for t in tensors if t is not None]
-    if not all(isinstance(t, Tensor) for t in given):
+    first, *others = tensors
+    if not isinstance(first, Tensor):
         return tensors
-    if not torch.is_autocast_enabled(given[0].device.type):
+    widest, mixed = first.dtype, False
+    for t in others:
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            return tensors
+        if t.dtype != widest:
+            widest, mixed = torch.promote_types(widest, t.dtype), True
+    if not mixed or not torch.is_autocast_enabled(first.device.type):
         return tensors
-    widest = given[0].dtype
-    for t in given[1:]:
-        widest = torch.promote_types(widest, t.dtype)
     return tuple(None if t is None else t.to(widest) for t in tensors)
 
 

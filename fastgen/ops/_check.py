@@ -53,12 +53,19 @@ def same_device(value: Tensor, name: str, like: Tensor, like_name: str) -> None:
         )
 
 
-def shape(value: Tensor, name: str, expected: Sequence[int], meaning: str) -> None:
+def shape(value: Tensor, name: str, expected: tuple[int, ...], meaning: str) -> None:
     """Raises ValueError unless `value` has shape `expected`; `meaning` says what that is."""
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected:
         raise ValueError(
             f"{name}: expected shape {tuple(expected)} ({meaning}), got {tuple(value.shape)}"
         )
+
+
+def like(value: Any, name: str, other: Tensor, other_name: str) -> None:
+    """Raises unless `value` is a tensor with the dtype, device and shape of `other`."""
+    matches(value, name, other, other_name)
+    if value.shape != other.shape:
+        shape(value, name, other.shape, f"that of {other_name}")
 
 
 def rank(value: Tensor, name: str, least: int, meaning: str, most: int | None = None) -> None:

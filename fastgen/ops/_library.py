@@ -24,9 +24,19 @@ CPU_ISAS = ("portable", "avx2", "avx512")
 LIBRARY = torch.library.Library("fastgen", "DEF")
 
 
-def define(schema: str) -> None:
-    """Declares the raw operator `torch.ops.fastgen.<name>` from its schema string."""
+def define(schema: str, *, constant: bool = False) -> torch._ops.OpOverload:
+    """Declares the raw operator `torch.ops.fastgen.<name>` from its schema string; returns it.
+
+    Args:
+        schema: "name(arguments) -> results".
+        constant: whether autograd takes the results for constants. It else makes an error of
+            differentiating through the raw operator.
+    """
+    name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if constant:
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    return getattr(torch.ops.fastgen, name).default
 
 
 def register_fake(name: str) -> Callable[[Callable], Callable]:

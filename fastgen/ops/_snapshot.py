@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen.ops import _library
-from fastgen.ops._autograd import kept_signature, needs_grad
+from fastgen.ops._autograd import run
 
-_library.define("snapshot(Tensor x) -> Tensor")
+_copy = _library.define("snapshot(Tensor x) -> Tensor")
 _library.LIBRARY.impl("snapshot", torch.clone, "CompositeExplicitAutograd")
 
 
@@ -28,9 +28,8 @@ class _Snapshot(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
     def forward(x: Tensor) -> Tensor:
-        return torch.ops.fastgen.snapshot(x)
+        return _copy(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -43,4 +42,4 @@ class _Snapshot(Function):
 
 def snapshot(x: Tensor) -> Tensor:
     """A copy of x, any shape and dtype, that also holds inside compiled graphs; differentiable."""
-    return _Snapshot.apply(x) if needs_grad(x) else torch.ops.fastgen.snapshot(x)
+    return run(_Snapshot, _copy, (x,))

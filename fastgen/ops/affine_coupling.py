@@ -27,9 +27,8 @@ from fastgen.ops import _check, _library
 from fastgen.ops._autograd import (
     accumulate_dtype,
     autocast_promote,
-    kept_signature,
-    needs_grad,
     reference_vjp,
+    run,
     sum_per_sample,
 )
 
@@ -37,11 +36,11 @@ __all__ = ["affine_coupling"]
 
 SCALES = ("exp", "tanh", "sigmoid", "atan")
 
-_library.define(
+_fwd = _library.define(
     "affine_coupling_fwd(Tensor x, Tensor raw_scale, Tensor shift, str scale, bool inverse, "
     "float scale_factor) -> (Tensor, Tensor)"
 )
-_library.define(
+_bwd = _library.define(
     "affine_coupling_bwd(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor raw_scale, "
     "Tensor shift, str scale, bool inverse, float scale_factor) -> (Tensor, Tensor, Tensor)"
 )
@@ -96,13 +95,8 @@ class _AffineCoupling(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(
-        x: Tensor, raw_scale: Tensor, shift: Tensor, scale: str, inverse: bool, scale_factor: float
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastgen.affine_coupling_fwd(
-            x, raw_scale, shift, scale, inverse, scale_factor
-        )
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _fwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -112,29 +106,16 @@ class _AffineCoupling(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple:
         tensors = (grad_y, grad_log_det, *ctx.saved_tensors)
-        raw = torch.ops.fastgen.affine_coupling_bwd
-        backward = _AffineCouplingBackward.apply if needs_grad(*tensors) else raw
-        return *backward(*tensors, *ctx.options), None, None, None
+        grads = run(_AffineCouplingBackward, _bwd, tensors, *ctx.options)
+        return *grads, None, None, None
 
 
 class _AffineCouplingBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(
-        grad_y: Tensor,
-        grad_log_det: Tensor,
-        x: Tensor,
-        raw_scale: Tensor,
-        shift: Tensor,
-        scale: str,
-        inverse: bool,
-        scale_factor: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.fastgen.affine_coupling_bwd(
-            grad_y, grad_log_det, x, raw_scale, shift, scale, inverse, scale_factor
-        )
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _bwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -157,10 +138,7 @@ class _AffineCouplingBackward(Function):
 def _cpu(
     x: Tensor, raw_scale: Tensor, shift: Tensor, scale: str, inverse: bool, scale_factor: float
 ) -> tuple[Tensor, Tensor]:
-    args = (x, raw_scale, shift, scale, inverse, scale_factor)
-    if needs_grad(x, raw_scale, shift):
-        return _AffineCoupling.apply(*args)
-    return torch.ops.fastgen.affine_coupling_fwd(*args)
+    return run(_AffineCoupling, _fwd, (x, raw_scale, shift), scale, inverse, scale_factor)
 
 
 def _prepare(
@@ -176,8 +154,7 @@ def _prepare(
     _check.floating(x, "x")
     _check.rank(x, "x", 1, "at least one dimension, (B, ...)")
     for value, name in ((raw_scale, "raw_scale"), (shift, "shift")):
-        _check.matches(value, name, x, "x")
-        _check.shape(value, name, x.shape, "that of x")
+        _check.like(value, name, x, "x")
     _check.one_of(scale, "scale", SCALES)
     _check.positive(scale_factor, "scale_factor")
     return x, raw_scale, shift, scale, bool(inverse), float(scale_factor)

@@ -25,15 +25,15 @@ from torch.autograd import Function
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, autocast_promote, kept_signature, needs_grad
+from fastgen.ops._autograd import accumulate_dtype, autocast_promote, run
 
 __all__ = ["instance_norm", "instance_norm_with_stats"]
 
-_library.define(
+_fwd = _library.define(
     "instance_norm_fwd(Tensor x, Tensor? scale, Tensor? shift, float eps) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_library.define(
+_bwd = _library.define(
     "instance_norm_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? scale, float eps) "
     "-> (Tensor, Tensor, Tensor)"
 )
@@ -95,17 +95,18 @@ def _per_plane(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return parameter.expand(x.shape[:2])
 
 
+def _forward(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fwd(x, _per_plane(scale, x), _per_plane(shift, x), eps)
+
+
 class _InstanceNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(
-        x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.fastgen.instance_norm_fwd(
-            x, _per_plane(scale, x), _per_plane(shift, x), eps
-        )
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -119,9 +120,7 @@ class _InstanceNorm(Function):
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple:
         x, mean, var, scale = ctx.saved_tensors
         tensors = (grad_y, x, mean, var, _per_plane(scale, x))
-        raw = torch.ops.fastgen.instance_norm_bwd
-        backward = _InstanceNormBackward.apply if needs_grad(*tensors) else raw
-        grad_x, *grads = backward(*tensors, ctx.eps)
+        grad_x, *grads = run(_InstanceNormBackward, _bwd, tensors, ctx.eps)
         for i, parameter in enumerate(ctx.parameters):
             if parameter is None:
                 grads[i] = None
@@ -135,11 +134,8 @@ class _InstanceNormBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(
-        grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.fastgen.instance_norm_bwd(grad_y, x, mean, var, scale, eps)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _bwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -196,9 +192,7 @@ def fused(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The compiled op, with scale and shift (C,) or (B, C); gives y, mean, var."""
-    if needs_grad(x, scale, shift):
-        return _InstanceNorm.apply(x, scale, shift, eps)
-    return torch.ops.fastgen.instance_norm_fwd(x, _per_plane(scale, x), _per_plane(shift, x), eps)
+    return run(_InstanceNorm, _forward, (x, scale, shift), eps)
 
 
 def check_input(x: Any, eps: Any) -> None:
@@ -211,7 +205,7 @@ def check_input(x: Any, eps: Any) -> None:
 def check_parameter(value: Any, name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """Raises unless `value` is a parameter that x can be scaled or shifted with."""
     _check.floating(value, name)
-    if value.dtype != accumulate_dtype(x.dtype):
+    if value.dtype != x.dtype and value.dtype != accumulate_dtype(x.dtype):
         _check.matches(value, name, x, "x")
     _check.same_device(value, name, x, "x")
     _check.shape(value, name, shape, meaning)

@@ -22,7 +22,7 @@ from fastgen.ops import _check, _library
 
 __all__ = ["normal"]
 
-_library.define("normal(Tensor key, SymInt[] size, ScalarType dtype) -> Tensor")
+_normal = _library.define("normal(Tensor key, SymInt[] size, ScalarType dtype) -> Tensor")
 _library.define("philox_words(Tensor key, SymInt count) -> Tensor")
 
 
@@ -45,21 +45,18 @@ def normal_reference(key: Tensor, size: Sequence[int], dtype: torch.dtype) -> Te
     return random.normal_reference(key, size, dtype)
 
 
-def _cpu(key: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.ops.fastgen.normal(key, size, dtype)
-
-
 def _prepare(key: Any, size: Sequence[int], *, dtype: torch.dtype = torch.float32) -> tuple:
     random.check_key(key)
     if dtype not in _check.FLOATS:
         raise TypeError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")
-    if any(n < 0 for n in size):
-        raise ValueError(f"size: expected no negative entries, got {tuple(size)}")
+    for n in size:
+        if n < 0:
+            raise ValueError(f"size: expected no negative entries, got {tuple(size)}")
     return key, tuple(size), dtype
 
 
 _OP = backends.Op("normal", _prepare)
-_OP.implement("cpu", _cpu, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement("cpu", _normal, device="cpu", unavailable=_library.cpu_unavailable)
 _OP.implement("reference", normal_reference)
 
 

@@ -29,18 +29,19 @@ from fastgen import backends, random
 from fastgen.ops import _check, _library
 from fastgen.ops._autograd import (
     accumulate_dtype,
+    apply,
     autocast_promote,
-    kept_signature,
     needs_grad,
     reference_vjp,
+    run,
 )
 
 __all__ = ["reparam_kl"]
 
-_library.define(
+_fwd = _library.define(
     "reparam_kl_fwd(Tensor mu, Tensor logvar, Tensor? noise, Tensor? key) -> (Tensor, Tensor)"
 )
-_library.define(
+_bwd = _library.define(
     "reparam_kl_bwd(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor? noise, "
     "Tensor? key, bool noise_grad) -> (Tensor, Tensor, Tensor)"
 )
@@ -98,11 +99,10 @@ class _ReparamKL(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
     def forward(
         mu: Tensor, logvar: Tensor, noise: Tensor | None, key: Tensor | None, noise_grad: bool
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastgen.reparam_kl_fwd(mu, logvar, noise, key)
+        return _fwd(mu, logvar, noise, key)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -111,12 +111,8 @@ class _ReparamKL(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple:
-        # Only second order needs to record; a Function costs more than the kernel on small tensors.
-        bwd = torch.ops.fastgen.reparam_kl_bwd
-        backward = _ReparamKLBackward.apply if torch.is_grad_enabled() else bwd
-        grad_mu, grad_logvar, grad_noise = backward(
-            grad_z, grad_kl, *ctx.saved_tensors, ctx.noise_grad
-        )
+        tensors = (grad_z, grad_kl, *ctx.saved_tensors)
+        grad_mu, grad_logvar, grad_noise = run(_ReparamKLBackward, _bwd, tensors, ctx.noise_grad)
         return grad_mu, grad_logvar, grad_noise if ctx.noise_grad else None, None, None
 
 
@@ -124,17 +120,8 @@ class _ReparamKLBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(
-        grad_z: Tensor,
-        grad_kl: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        noise: Tensor | None,
-        key: Tensor | None,
-        noise_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.fastgen.reparam_kl_bwd(grad_z, grad_kl, mu, logvar, noise, key, noise_grad)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _bwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -167,13 +154,8 @@ def _cpu(
     if noise is None:
         key = _drawn(key, mu, generator)
     if needs_grad(mu, logvar, noise):
-        return _ReparamKL.apply(mu, logvar, noise, key, needs_grad(noise))
-    return torch.ops.fastgen.reparam_kl_fwd(mu, logvar, noise, key)
-
-
-def _like_mu(value: Tensor, name: str, mu: Tensor) -> None:
-    _check.matches(value, name, mu, "mu")
-    _check.shape(value, name, mu.shape, "that of mu")
+        return apply(_ReparamKL, mu, logvar, noise, key, needs_grad(noise))
+    return _fwd(mu, logvar, noise, key)
 
 
 def _prepare(
@@ -184,16 +166,13 @@ def _prepare(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple:
-    if noise is None:
-        mu, logvar = autocast_promote(mu, logvar)
-    else:
-        mu, logvar, noise = autocast_promote(mu, logvar, noise)
+    mu, logvar, noise = autocast_promote(mu, logvar, noise)
     _check.floating(mu, "mu")
     _check.rank(mu, "mu", 1, "at least one dimension, (B, ...)")
-    _like_mu(logvar, "logvar", mu)
+    _check.like(logvar, "logvar", mu, "mu")
     if noise is not None:
-        _like_mu(noise, "noise", mu)
-    if sum(source is not None for source in (noise, key, generator)) > 1:
+        _check.like(noise, "noise", mu, "mu")
+    if (noise is not None) + (key is not None) + (generator is not None) > 1:
         raise ValueError("noise: expected at most one of noise, key and generator, got several")
     if key is not None:
         random.check_key(key, device=mu.device)

@@ -37,9 +37,8 @@ from fastgen.ops import _check, _library
 from fastgen.ops._autograd import (
     accumulate_dtype,
     autocast_promote,
-    kept_signature,
-    needs_grad,
     reference_vjp,
+    run,
 )
 
 __all__ = ["rq_spline"]
@@ -50,8 +49,8 @@ _OPTIONS = (
 )
 _TENSORS = "Tensor x, Tensor widths, Tensor heights, Tensor derivatives"
 
-_library.define(f"rq_spline_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
-_library.define(
+_fwd = _library.define(f"rq_spline_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
+_bwd = _library.define(
     f"rq_spline_bwd(Tensor grad_y, Tensor grad_log_det, {_TENSORS}, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -181,31 +180,8 @@ class _RQSpline(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(
-        x: Tensor,
-        widths: Tensor,
-        heights: Tensor,
-        derivatives: Tensor,
-        batch_dims: int,
-        inverse: bool,
-        tail_bound: float,
-        min_bin_width: float,
-        min_bin_height: float,
-        min_derivative: float,
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastgen.rq_spline_fwd(
-            x,
-            widths,
-            heights,
-            derivatives,
-            batch_dims,
-            inverse,
-            tail_bound,
-            min_bin_width,
-            min_bin_height,
-            min_derivative,
-        )
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _fwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -215,44 +191,16 @@ class _RQSpline(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple:
         tensors = (grad_y, grad_log_det, *ctx.saved_tensors)
-        raw = torch.ops.fastgen.rq_spline_bwd
-        backward = _RQSplineBackward.apply if needs_grad(*tensors) else raw
-        return *backward(*tensors, *ctx.options), None, None, None, None, None, None
+        grads = run(_RQSplineBackward, _bwd, tensors, *ctx.options)
+        return *grads, None, None, None, None, None, None
 
 
 class _RQSplineBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(
-        grad_y: Tensor,
-        grad_log_det: Tensor,
-        x: Tensor,
-        widths: Tensor,
-        heights: Tensor,
-        derivatives: Tensor,
-        batch_dims: int,
-        inverse: bool,
-        tail_bound: float,
-        min_bin_width: float,
-        min_bin_height: float,
-        min_derivative: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.fastgen.rq_spline_bwd(
-            grad_y,
-            grad_log_det,
-            x,
-            widths,
-            heights,
-            derivatives,
-            batch_dims,
-            inverse,
-            tail_bound,
-            min_bin_width,
-            min_bin_height,
-            min_derivative,
-        )
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _bwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -275,9 +223,7 @@ class _RQSplineBackward(Function):
 def _cpu(
     x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    if needs_grad(x, widths, heights, derivatives):
-        return _RQSpline.apply(x, widths, heights, derivatives, *options)
-    return torch.ops.fastgen.rq_spline_fwd(x, widths, heights, derivatives, *options)
+    return run(_RQSpline, _fwd, (x, widths, heights, derivatives), *options)
 
 
 def _prepare(

@@ -21,11 +21,11 @@ from torch.autograd import Function
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, kept_signature, needs_grad
+from fastgen.ops._autograd import accumulate_dtype, run
 
 __all__ = ["vq_codebook_stats"]
 
-_library.define(
+_fwd = _library.define(
     "vq_codebook_stats_fwd(Tensor x, Tensor indices, int codebook_size) -> (Tensor, Tensor)"
 )
 
@@ -72,9 +72,8 @@ class _VQCodebookStats(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastgen.vq_codebook_stats_fwd(x, indices, codebook_size)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _fwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -91,9 +90,7 @@ class _VQCodebookStats(Function):
 
 
 def _cpu(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    if needs_grad(x):
-        return _VQCodebookStats.apply(x, indices, codebook_size)
-    return torch.ops.fastgen.vq_codebook_stats_fwd(x, indices, codebook_size)
+    return run(_VQCodebookStats, _fwd, (x, indices), codebook_size)
 
 
 def _prepare(x: Tensor, indices: Tensor, codebook_size: int) -> tuple:

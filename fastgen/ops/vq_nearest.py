@@ -38,9 +38,10 @@ METRICS = ("euclidean", "cosine")
 #: Most keys the reference holds at once: on a CPU few enough for L2, which is 10 times faster.
 CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 24
 
-_library.define(
+_fwd = _library.define(
     "vq_nearest_fwd(Tensor x, Tensor codebook, str metric, bool return_distance) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    constant=True,
 )
 
 
@@ -101,6 +102,7 @@ def vq_nearest_reference(
 
     The distance is an empty tensor where it is not asked for.
     """
+    x, codebook = x.detach(), codebook.detach()
     rows = x if codebook.dim() == 3 else x.flatten(0, -2).unsqueeze(0)
     heads = (codebook if codebook.dim() == 3 else codebook.unsqueeze(0)).to(torch.float64)
     codes = heads.movedim(-1, 0).unsqueeze(-2).contiguous()
@@ -128,21 +130,17 @@ def vq_nearest_reference(
     return torch.cat(indices, 1).reshape(shape), torch.cat(distances, 1).reshape(shape).to(dtype)
 
 
-def _cpu(x: Tensor, codebook: Tensor, metric: str, return_distance: bool) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastgen.vq_nearest_fwd(x, codebook, metric, return_distance)
-
-
 def _prepare(
     x: Tensor, codebook: Tensor, *, metric: str = "euclidean", return_distance: bool = False
 ) -> tuple:
     x, codebook = autocast_promote(x, codebook)
     check_codebook(x, codebook)
     _check.one_of(metric, "metric", METRICS)
-    return x.detach(), codebook.detach(), metric, bool(return_distance)
+    return x, codebook, metric, bool(return_distance)
 
 
 _OP = backends.Op("vq_nearest", _prepare)
-_OP.implement("cpu", _cpu, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement("cpu", _fwd, device="cpu", unavailable=_library.cpu_unavailable)
 _OP.implement("reference", vq_nearest_reference)
 
 

@@ -29,9 +29,8 @@ from fastgen.ops import _check, _library
 from fastgen.ops._autograd import (
     accumulate_dtype,
     autocast_promote,
-    kept_signature,
-    needs_grad,
     reference_vjp,
+    run,
 )
 from fastgen.ops.vq_nearest import check_codebook, vq_nearest_reference
 
@@ -52,11 +51,11 @@ class VQResult(NamedTuple):
     loss: Tensor
 
 
-_library.define(
+_fwd = _library.define(
     "vq_quantize_fwd(Tensor x, Tensor codebook, float commitment_weight, float codebook_weight) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_library.define(
+_bwd = _library.define(
     "vq_quantize_bwd(Tensor grad_quantized, Tensor grad_loss, Tensor x, Tensor codebook, "
     "Tensor indices, float commitment_weight, float codebook_weight, bool codebook_grad) "
     "-> (Tensor, Tensor)"
@@ -111,7 +110,7 @@ def vq_quantize_reference(
     x: Tensor, codebook: Tensor, commitment_weight: float, codebook_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain PyTorch; arguments as :func:`vq_quantize`, all positional."""
-    indices, _ = vq_nearest_reference(x.detach(), codebook.detach(), "euclidean", False)
+    indices, _ = vq_nearest_reference(x, codebook, "euclidean", False)
     quantized, loss = _straight_through(x, codebook, indices, commitment_weight, codebook_weight)
     return quantized, indices, loss
 
@@ -120,11 +119,8 @@ class _VQQuantize(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(
-        x: Tensor, codebook: Tensor, commitment_weight: float, codebook_weight: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.fastgen.vq_quantize_fwd(x, codebook, commitment_weight, codebook_weight)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _fwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -148,9 +144,7 @@ class _VQQuantize(Function):
             grad_loss = x.new_zeros((), dtype=accumulate_dtype(x.dtype))
         codebook_grad = ctx.needs_input_grad[1]
         tensors = (grad_quantized, grad_loss, x, codebook, indices)
-        raw = torch.ops.fastgen.vq_quantize_bwd
-        backward = _VQQuantizeBackward.apply if needs_grad(*tensors) else raw
-        grad_x, grad_codebook = backward(*tensors, *ctx.weights, codebook_grad)
+        grad_x, grad_codebook = run(_VQQuantizeBackward, _bwd, tensors, *ctx.weights, codebook_grad)
         return grad_x, grad_codebook if codebook_grad else None, None, None
 
 
@@ -158,27 +152,8 @@ class _VQQuantizeBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @kept_signature
-    def forward(
-        grad_quantized: Tensor,
-        grad_loss: Tensor,
-        x: Tensor,
-        codebook: Tensor,
-        indices: Tensor,
-        commitment_weight: float,
-        codebook_weight: float,
-        codebook_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastgen.vq_quantize_bwd(
-            grad_quantized,
-            grad_loss,
-            x,
-            codebook,
-            indices,
-            commitment_weight,
-            codebook_weight,
-            codebook_grad,
-        )
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _bwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -202,9 +177,7 @@ class _VQQuantizeBackward(Function):
 def _cpu(
     x: Tensor, codebook: Tensor, commitment_weight: float, codebook_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if needs_grad(x, codebook):
-        return _VQQuantize.apply(x, codebook, commitment_weight, codebook_weight)
-    return torch.ops.fastgen.vq_quantize_fwd(x, codebook, commitment_weight, codebook_weight)
+    return run(_VQQuantize, _fwd, (x, codebook), commitment_weight, codebook_weight)
 
 
 def _prepare(
