@@ -170,7 +170,7 @@ class Op:
         """Runs the op on prepared arguments."""
         name = self.select(args, backend)
         if not torch.compiler.is_compiling():
-            _calls[(self.name, name)] += 1
+            _calls[self.name, name] += 1
         return self.implementations[name].function(*args)
 
 

@@ -198,7 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(arguments)
     info = collect()
-    print(json.dumps(info, indent=1) if options.json else render(info))
+    try:
+        print(json.dumps(info, indent=1) if options.json else render(info), flush=True)
+    except BrokenPipeError:
+        # The reader has enough (`| head`); at exit the interpreter would flush what is left again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if info["broken"] else 0
 
 

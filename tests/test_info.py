@@ -114,3 +114,13 @@ def test_runs_as_a_module(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "reference" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes that break as on POSIX")
+@pytest.mark.parametrize("options", ([], ["--json"]))
+def test_a_reader_that_closes_early(options):
+    command = [sys.executable, "-m", "fastgen.info", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen import backends, ops
@@ -250,6 +251,37 @@ def test_torch_func(case, device, backend):
     for a, b in zip(functional, torch.autograd.grad(loss(*leaves), leaves), strict=True):
         torch.testing.assert_close(a, b)
     torch.func.jacrev(torch.func.grad(loss))(*wanted)
+
+
+@each([row for row in ALL if row[0].grad])
+def test_forward_mode(case, device, backend):
+    """The reference has it, and agrees with reverse mode; others refuse, never giving zeros."""
+    sample = case.sample(case.grad_shape, torch.float64, device)
+
+    def function(*wanted):
+        args = list(sample.args)
+        for i, value in zip(case.grad, wanted, strict=True):
+            args[i] = value
+        results = run(case, Sample(tuple(args), sample.kwargs), backend)
+        return tuple(r for r in results if r.is_floating_point())
+
+    primals = tuple(sample.args[i] for i in case.grad)
+    tangents = tuple(torch.randn_like(p) for p in primals)
+    if backend != "reference":
+        for wanted in primals, [p.detach().requires_grad_() for p in primals]:
+            with pytest.raises(NotImplementedError, match="forward mode"), forward_ad.dual_level():
+                function(*map(forward_ad.make_dual, wanted, tangents))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            torch.func.jvp(function, primals, tangents)
+        return
+    results, pushed = torch.func.jvp(function, primals, tangents)
+    _, pullback = torch.func.vjp(function, *primals)
+    cotangents = tuple(torch.randn_like(r) for r in results)
+    pulled = pullback(cotangents)
+    torch.testing.assert_close(
+        sum((a * b).sum() for a, b in zip(pushed, cotangents, strict=True)),
+        sum((a * b).sum() for a, b in zip(pulled, tangents, strict=True)),
+    )
 
 
 @each([row for row in FUSED if row[0].vmap])

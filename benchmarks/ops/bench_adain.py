@@ -50,3 +50,6 @@ CASES = [
     _case(8, 128, 128, 128, dtype=torch.bfloat16),
     _case(8, 512, 4, 4),
 ]
+
+# What a call costs.
+CASES += [_case(16, 8, 4, 4), _case(16, 64, 4, 4), _case(16, 64, 8, 8)]

@@ -29,3 +29,6 @@ CASES = [
     _case(2, 32, 64, 64, 64),
     _case(8, 64, 16, 16),
 ]
+
+# What a call costs.
+CASES += [_case(16, 8, 4, 4), _case(16, 64, 4, 4), _case(16, 64, 8, 8)]

@@ -1,5 +1,6 @@
 """normal: writes its result. The peer is torch's own stateful generator."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,3 +25,18 @@ def _case(count: int) -> Case:
 
 
 CASES = [_case(2**24), _case(2**16), _case(64)]
+
+
+def _seeded(count: int) -> Case:
+    """Beside a generator that starts from a seed, as a key does, in each call."""
+    generator = torch.Generator()
+
+    def seeded(key: Tensor) -> Tensor:
+        return torch.randn(count, generator=generator.manual_seed(1))
+
+    case = _case(count)
+    return replace(case, peers={**case.peers, "torch.randn seeded": seeded})
+
+
+# What a call costs.
+CASES += [_seeded(16), _seeded(16 * 64)]

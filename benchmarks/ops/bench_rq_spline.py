@@ -40,3 +40,6 @@ CASES = [
     _case(4096, 64, 16),
     _case(16, 32, 8),
 ]
+
+# What a call costs.
+CASES += [_case(16, 2, 8)]

@@ -49,3 +49,6 @@ CASES = [
     _case(16384, 16384, 32),
     _case(16, 512, 64),
 ]
+
+# What a call costs.
+CASES += [_case(16, 64, 16)]

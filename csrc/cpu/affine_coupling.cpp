@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(const Tensor& grad_y, con
   check_like(grad_y, x, "affine_coupling: grad_y");
   check_shape(grad_log_det, {x.size(0)}, acc_type(x.scalar_type()), "affine_coupling: grad_log_det");
   const Rows gys(grad_y), xs(x), raws(raw_scale), shifts(shift);
-  const Tensor gld = torch::stable::contiguous(grad_log_det);
+  const Tensor gld = as_contiguous(grad_log_det);
   Tensor grad_x = empty_contiguous(x), grad_raw = empty_contiguous(x), grad_shift = empty_contiguous(x);
   dispatch_dtype(x.scalar_type(), "affine_coupling", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;

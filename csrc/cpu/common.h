@@ -36,6 +36,7 @@ namespace fastgen {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
+using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -145,15 +146,14 @@ inline std::vector<std::int64_t> sizes(const Tensor& t) {
 
 // The raw operators are reachable as torch.ops.fastgen.*, past the checks of the public functions, so each repeats
 // what its memory accesses rely on. `what` is "<op>: <argument>".
-inline void check_shape(const Tensor& t, const std::vector<std::int64_t>& shape, ScalarType dtype,
-                        const char* what) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && sizes(t) == shape, what,
+inline void check_shape(const Tensor& t, IntArrayRef shape, ScalarType dtype, const char* what) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.sizes().equals(shape), what,
                   " has the wrong device, dtype or shape");
 }
 
 inline void check_like(const Tensor& t, const Tensor& like, const char* what) {
   STD_TORCH_CHECK(like.dim() >= 1, what, " must have at least one dimension");
-  check_shape(t, sizes(like), like.scalar_type(), what);
+  check_shape(t, like.sizes(), like.scalar_type(), what);
 }
 
 // Asks for huge pages under a large fresh tensor. Where Linux gives them on request ("madvise", the usual
@@ -172,13 +172,21 @@ inline Tensor on_huge_pages(Tensor t) {
   return t;
 }
 
-inline Tensor empty_contiguous(const Tensor& like) {
-  return on_huge_pages(torch::stable::new_empty(like, sizes(like)));
+// Straight to ATen: torch::stable::new_empty looks the operator up by name and boxes its arguments, which is most
+// of the time of a small kernel.
+inline Tensor new_empty(const Tensor& like, IntArrayRef sizes, ScalarType dtype) {
+  std::int32_t type = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result = nullptr;
+  STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<std::int64_t>(sizes.size()),
+                                            &type, nullptr, nullptr, 0, nullptr, &result) == AOTI_TORCH_SUCCESS,
+                  "new_empty failed");
+  return on_huge_pages(Tensor(result));
 }
 
-inline Tensor new_empty(const Tensor& like, std::vector<std::int64_t> sizes, ScalarType dtype) {
-  return on_huge_pages(torch::stable::new_empty(like, sizes, dtype));
-}
+inline Tensor empty_contiguous(const Tensor& like) { return new_empty(like, like.sizes(), like.scalar_type()); }
+
+// torch::stable::contiguous calls the dispatcher even where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 template <class T>
 T* data(const Tensor& t) {

@@ -10,9 +10,8 @@ namespace fastgen {
 // Reads an int64 tensor [seed, offset].
 inline PhiloxKey read_key(const Tensor& key, const char* what) {
   check_shape(key, {2}, ScalarType::Long, what);
-  const Tensor dense = torch::stable::contiguous(key);
-  const auto* words = data<const std::int64_t>(dense);
-  return {static_cast<std::uint64_t>(words[0]), static_cast<std::uint64_t>(words[1])};
+  const auto* words = data<const std::int64_t>(key);
+  return {static_cast<std::uint64_t>(words[0]), static_cast<std::uint64_t>(words[key.stride(0)])};
 }
 
 }  // namespace fastgen

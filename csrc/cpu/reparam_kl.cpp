@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> reparam_kl_bwd(const Tensor& grad_z, const Te
   check_like(grad_z, mu, "reparam_kl: grad_z");
   check_shape(grad_kl, {mu.size(0)}, acc_type(mu.scalar_type()), "reparam_kl: grad_kl");
   const Rows gzs(grad_z), mus(mu), logvars(logvar);
-  const Tensor gkl = torch::stable::contiguous(grad_kl);
+  const Tensor gkl = as_contiguous(grad_kl);
   const NoiseSource source(noise, key, mu);
   Tensor grad_mu = empty_contiguous(mu), grad_logvar = empty_contiguous(mu);
   Tensor grad_noise = noise_grad ? empty_contiguous(mu) : new_empty(mu, {0}, mu.scalar_type());

@@ -114,7 +114,7 @@ struct Spline {
 
   Spline(const Tensor& x, const Tensor& widths, const Tensor& heights, const Tensor& derivatives,
          std::int64_t batch_dims, const SplineOptions& options)
-      : x(torch::stable::contiguous(x)),
+      : x(as_contiguous(x)),
         widths(checked(widths, x, last_size(widths), "rq_spline: widths")),
         heights(checked(heights, x, last_size(widths), "rq_spline: heights")),
         derivatives(checked(derivatives, x, last_size(widths) - 1, "rq_spline: derivatives")),
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rq_spline_bwd(const Tensor& grad_y, c
   check_shape(grad_y, sizes(x), x.scalar_type(), "rq_spline: grad_y");
   check_shape(grad_log_det, batch_sizes(x, batch_dims), acc_type(x.scalar_type()), "rq_spline: grad_log_det");
   const Chunks& chunks = spline.chunks;
-  const Tensor gy = torch::stable::contiguous(grad_y), gld = torch::stable::contiguous(grad_log_det);
+  const Tensor gy = as_contiguous(grad_y), gld = as_contiguous(grad_log_det);
   Tensor grad_x = empty_contiguous(x), grad_widths = empty_contiguous(widths);
   Tensor grad_heights = empty_contiguous(heights), grad_derivatives = empty_contiguous(derivatives);
   dispatch_dtype(x.scalar_type(), "rq_spline", [&](auto* type) {

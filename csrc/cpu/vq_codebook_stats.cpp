@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> vq_codebook_stats_fwd(const Tensor& x, const Tensor& 
   const ScalarType type = acc_type(x.scalar_type());
   Tensor counts = new_empty(x, {codebook_size}, type);
   Tensor sums = new_empty(x, {codebook_size, x.size(x.dim() - 1)}, type);
-  const Tensor dense = torch::stable::contiguous(indices);
+  const Tensor dense = as_contiguous(indices);
   const Tokens tokens(x, false);
   dispatch_dtype(x.scalar_type(), "vq_codebook_stats", [&](auto* t) {
     using S = std::remove_pointer_t<decltype(t)>;

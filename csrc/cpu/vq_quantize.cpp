@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> vq_quantize_bwd(const Tensor& grad_quantized, const T
   std::vector<std::int64_t> shape = sizes(x);
   shape.pop_back();
   check_shape(indices, shape, ScalarType::Long, "vq_quantize: indices");
-  const Tensor dense = torch::stable::contiguous(indices);
+  const Tensor dense = as_contiguous(indices);
   const std::int64_t* index = data<std::int64_t>(dense);
   Tensor grad_x = empty_contiguous(x);
   Tensor grad_codebook =

@@ -1,4 +1,8 @@
-"""The fused ops, each in one file: formula, schema, reference, gradients, backends, function."""
+"""The fused ops, each in one file: formula, schema, reference, gradients, backends, function.
+
+Gradients are reverse-mode. Forward mode (torch.func.jvp and jacfwd, torch.autograd.forward_ad) of a
+differentiable op raises NotImplementedError; backend="reference" has it.
+"""
 
 from fastgen import backends
 from fastgen.ops.adain import adain

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import Function
+from torch._C._functorch import unwrap_if_dead
+from torch.autograd import Function, forward_ad
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record."""
+    """Whether autograd must see the call: to record it, or to refuse it in forward mode."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
-    return False
+    return forward_ad._current_level >= 0
 
 
 def apply(function: type[Function], *args: Any) -> Any:
@@ -28,7 +28,8 @@ def apply(function: type[Function], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    alive = [unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    return super(Function, function).apply(*alive)  # type: ignore[misc]
 
 
 def run(

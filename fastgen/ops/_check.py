@@ -3,6 +3,7 @@ expected, what came."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,8 +64,13 @@ def shape(value: Tensor, name: str, expected: tuple[int, ...], meaning: str) -> 
 
 def like(value: Any, name: str, other: Tensor, other_name: str) -> None:
     """Raises unless `value` is a tensor with the dtype, device and shape of `other`."""
-    matches(value, name, other, other_name)
-    if value.shape != other.shape:
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype != other.dtype
+        or value.device != other.device
+        or value.shape != other.shape
+    ):
+        matches(value, name, other, other_name)
         shape(value, name, other.shape, f"that of {other_name}")
 
 
@@ -84,7 +90,7 @@ def positive(value: Any, name: str) -> None:
     """Raises unless `value` is a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a positive number, got {type(value).__name__}")
-    if not 0 < value < float("inf"):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
@@ -92,7 +98,7 @@ def non_negative(value: Any, name: str) -> None:
     """Raises unless `value` is a finite number of at least zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
-    if not 0 <= value < float("inf"):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
 

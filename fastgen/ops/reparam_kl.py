@@ -154,7 +154,8 @@ def _cpu(
     if noise is None:
         key = _drawn(key, mu, generator)
     if needs_grad(mu, logvar, noise):
-        return apply(_ReparamKL, mu, logvar, noise, key, needs_grad(noise))
+        noise_grad = noise is not None and needs_grad(noise)
+        return apply(_ReparamKL, mu, logvar, noise, key, noise_grad)
     return _fwd(mu, logvar, noise, key)
 
 

@@ -1,0 +1,60 @@
+"""What the autograd.Function pairs of the ops share."""
+
+import pytest
+import torch
+
+from fastgen import ops
+
+
+def coupling(x, scale, shift):
+    return sum(r.square().sum() for r in ops.affine_coupling(x, scale, shift))
+
+
+@pytest.fixture
+def tensors():
+    return torch.randn(3, 4, 5, dtype=torch.float64).unbind(0)
+
+
+def test_tensors_that_outlive_a_transform(tensors):
+    """torch.func leaves wrappers behind, which autograd must not record."""
+    kept = []
+
+    def leak(x):
+        kept.append(x)
+        return x.sum()
+
+    x, scale, shift = tensors
+    torch.func.grad(leak)(x)
+    scale.requires_grad_()
+    (actual,) = torch.autograd.grad(coupling(kept[0], scale, shift), scale)
+    (expected,) = torch.autograd.grad(coupling(x, scale, shift), scale)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_pullbacks_that_outlive_their_transform(tensors):
+    x, scale, shift = tensors
+    value, pullback, *_ = torch.func.vjp(coupling, x, scale, shift)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(coupling(*leaves), leaves)
+    for a, b in zip(pullback(torch.ones_like(value)), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_constants_take_no_part_in_autograd():
+    x, codebook = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    for backend in "cpu", "reference":
+        _, distance = ops.vq_nearest(x, codebook, return_distance=True, backend=backend)
+        assert not distance.requires_grad and distance.grad_fn is None
+        _, distance = torch.func.vmap(
+            lambda rows, backend=backend: ops.vq_nearest(
+                rows, codebook, return_distance=True, backend=backend
+            )
+        )(x.expand(2, 4, 3))
+        assert not distance.requires_grad
+        zero = torch.func.grad(
+            lambda rows, backend=backend: (
+                ops.vq_nearest(rows, codebook, return_distance=True, backend=backend)[1].sum()
+                + 0 * rows.sum()
+            )
+        )(x)
+        assert torch.equal(zero, torch.zeros_like(x))
