@@ -93,7 +93,7 @@ class Op:
         self.name = name
         self.prepare = prepare
         self.implementations: dict[str, Implementation] = {}
-        # Worked out here for the usual devices: select() is most of the time of a small call.
+        # Worked out once for the usual devices, not in each call.
         self._on_device: dict[str, dict[str, str | None]] = {"cpu": {}, "cuda": {}}
         _ops[name] = self
 

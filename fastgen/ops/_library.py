@@ -29,8 +29,8 @@ def define(schema: str, *, constant: bool = False) -> torch._ops.OpOverload:
 
     Args:
         schema: "name(arguments) -> results".
-        constant: whether autograd takes the results for constants. It else makes an error of
-            differentiating through the raw operator.
+        constant: autograd takes the results for constants, instead of warning that it cannot
+            differentiate through the raw operator.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
