@@ -108,6 +108,10 @@ def _load(module: str, expected: bool, why_not: str) -> str | None:
 define("cpu_isa() -> int")
 define("best_cpu_isa() -> int")
 define("force_cpu_isa(int isa) -> int")
+# `pieces` chains of float32 multiply-adds, or of bfloat16 dot products, that nothing waits for;
+# returns the operations done, 0 where the machine or the chosen instruction set has none.
+define("fma_probe(int pieces, int repeats) -> int")
+define("bf16_dot_probe(int pieces, int repeats) -> int")
 
 _BUILD = _build.info()
 
