@@ -11,17 +11,19 @@ STAMPS := .venv/stamps
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 ASAN_BUILD := build/asan
+# What runs once more on each older instruction set; random shapes are drawn on the default path alone.
+ISA_TESTS := tests/test_isa.py tests/test_ops.py tests/ops -k 'not random_shapes'
 
 # clang-format comes from the virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-slow test-asan lint format bench wheel gpu-check clean
+.PHONY: help dev demo test test-slow test-isa test-asan lint format bench wheel gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo '  Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  ARGS= (passed on by test, test-slow, bench)'
+	@echo '  Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  ARGS= (passed on by test, test-slow, test-isa, bench)'
 
 dev: $(STAMPS)/built ## make .venv, install what is needed, build and install fastgen in editable mode
 
@@ -52,6 +54,11 @@ test: dev ## the fast suite; a kernel that should be there and is missing is an 
 test-slow: dev ## the long tests: packaging, training to convergence
 	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
+test-isa: dev ## the op tests once more for each older code path of the CPU kernels
+	for isa in avx2 portable; do \
+	  FASTGEN_CPU_ISA=$$isa FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'not slow and not gpu' $(ISA_TESTS) $(ARGS) || exit 1; \
+	done
+
 test-asan: dev ## the op tests against kernels built with the address and undefined-behaviour sanitizers
 	sh tests/run_asan.sh $(BIN)/python $(ASAN_BUILD) $(ARGS)
 
@@ -66,7 +73,9 @@ format: dev ## rewrite the sources in the project's style
 	$(BIN)/python -m ruff format .
 	clang-format -i $(CXX_SOURCES)
 
-bench: dev ## run the benchmarks: make bench ARGS=adain
+bench: dev ## install what is compared with, run the benchmarks and draw them: make bench ARGS='adain --threads 1,2'
+	@test -e $(STAMPS)/peers || { $(BIN)/python -m pip install -q --no-build-isolation -e '.[bench]' && touch $(STAMPS)/peers; } || \
+	  echo 'Not everything to compare with could be installed; the benchmarks say what is missing.' >&2
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 wheel: dev ## build dist/fastgen-*.whl
