@@ -1,63 +1,25 @@
-"""What a benchmark case is, and how one is timed.
+"""How a benchmark case is timed.
 
 Everything of a case is timed in one process, interleaved round by round, so that what disturbs the
 machine disturbs all alike; the median is reported with the 20 % and 80 % quantiles. Times are wall
-clock; on a GPU the device is synchronised around each call.
+clock; on a GPU the device is synchronised around each call. The memory of a call is measured
+afterwards, in a call of its own.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one size.
-
-    Attributes:
-        op: name in `fastgen.ops`.
-        size: what the table prints, e.g. "65536x512x64".
-        make: makes the positional tensors.
-        call: the public op, called as `call(*tensors, backend=...)`; a `functools.partial` where it
-            takes keywords.
-        grad: positions of the inputs that get gradients; empty for forward only.
-        bytes: fewest bytes the forward must move, inputs once and outputs once.
-        flops: fewest floating point operations of the forward, 0 where memory is all that counts.
-        peers: other libraries doing the same on the same tensors, by name. A peer that raises
-            ImportError is reported as not installed.
-        compiled: whether to time torch.compile of the reference; False where the reference is
-            written out over a dimension that makes compiling it take minutes.
-    """
-
-    op: str
-    size: str
-    make: Callable[[], tuple[Tensor, ...]]
-    call: Callable[..., Any]
-    grad: tuple[int, ...] = ()
-    bytes: int = 0
-    flops: int = 0
-    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    compiled: bool = True
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one provider in one mode, with 20 % and 80 % quantiles; or why there are none."""
-
-    provider: str
-    mode: str
-    seconds: float = float("nan")
-    low: float = float("nan")
-    high: float = float("nan")
-    note: str = ""
+from benchmarks.case import COPY, FORWARD, Case, Provider, Timing
+from benchmarks.memory import peak_bytes
+from benchmarks.roof import Roof
 
 
 def _synchronise(device: torch.device) -> None:
@@ -80,7 +42,7 @@ def interleaved(
     *,
     budget: float = 4.0,
     least: int = 3,
-    most: int = 200,
+    most: int = 1000,
 ) -> dict[str, list[float]]:
     """Times each function once a round, `least` to `most` rounds, for about `budget` seconds."""
     for function in functions.values():
@@ -101,96 +63,127 @@ def interleaved(
     return times
 
 
-def providers(case: Case) -> dict[str, Callable[..., Any]]:
-    """Name -> callable on the case's tensors: ours, reference, compiled reference, peers."""
+def providers(case: Case, wanted: Collection[str] | None = None) -> dict[str, Provider]:
+    """Ours, the reference, the compiled reference and the peers, by name; `wanted` of them."""
 
-    def ours(*tensors: Tensor) -> Any:
-        return case.call(*tensors)
-
-    def reference(*tensors: Tensor) -> Any:
-        return case.call(*tensors, backend="reference")
+    def reference(*arguments: Any) -> Any:
+        return case.call(*arguments, backend="reference")
 
     # A fresh compilation a case: recompiling for a new size would count against torch.compile.
     torch._dynamo.reset()
-    compiled = {"torch.compile": torch.compile(reference)} if case.compiled else {}
-    return {"fastgen": ours, "reference": reference, **compiled, **case.peers}
+    found = {"fastgen": Provider(case.call), "reference": Provider(reference)}
+    if case.compiled:
+        found["torch.compile"] = Provider(torch.compile(reference))
+    for name, peer in case.peers.items():
+        found[name] = peer if isinstance(peer, Provider) else Provider(peer)
+    return {name: p for name, p in found.items() if wanted is None or name in wanted}
 
 
-def _forward_backward(
-    function: Callable[..., Any], tensors: tuple[Tensor, ...], grad: tuple[int, ...]
+def tensors_of(result: Any) -> tuple[Tensor, ...]:
+    """The tensors that a function returned."""
+    results = (result,) if isinstance(result, Tensor) else tuple(result)
+    return tuple(r for r in results if isinstance(r, Tensor))
+
+
+def check_same(case: Case, name: str, provider: Provider) -> None:
+    """Raises ValueError where a peer does not compute what fastgen computes.
+
+    Both start from the same arguments, made anew because a layer changes its state.
+    """
+    if provider.tolerance is None:
+        return
+    if case.small is None:
+        raise ValueError(f"{case.op} {case.size}: {name} has a tolerance, the case no small inputs")
+    torch.manual_seed(0)
+    ours = tensors_of(case.call(*case.small()))
+    torch.manual_seed(0)
+    theirs = tensors_of(provider.function(*provider.inputs(case.small())))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        try:
+            torch.testing.assert_close(b, a, rtol=provider.tolerance, atol=provider.tolerance)
+        except AssertionError as error:
+            message = f"{case.op} {case.size}: {name} computes something else (result {i}): {error}"
+            raise ValueError(message) from None
+
+
+def make_step(
+    function: Callable[..., Any], arguments: tuple[Any, ...], grad: tuple[int, ...], mode: str
 ) -> Callable[[], Any]:
-    inputs = [t.detach().requires_grad_() if i in grad else t for i, t in enumerate(tensors)]
+    """A call without arguments that does what `mode` says."""
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function(*arguments)
+
+    if mode == FORWARD:
+        return forward
+    inputs = [t.detach().requires_grad_() if i in grad else t for i, t in enumerate(arguments)]
     cotangents: list[Tensor] = []
 
-    def step() -> Any:
-        result = function(*inputs)
-        results = (result,) if isinstance(result, Tensor) else tuple(result)
-        flowing = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
+    def forward_backward() -> Any:
+        flowing = [r for r in tensors_of(function(*inputs)) if r.requires_grad]
         if not cotangents:
             cotangents.extend(torch.ones_like(r) for r in flowing)
         return torch.autograd.grad(flowing, [inputs[i] for i in grad], cotangents)
 
-    return step
+    return forward_backward
 
 
-def _forward(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[[], Any]:
-    def step() -> Any:
-        with torch.no_grad():
-            return function(*tensors)
+def run_case(
+    case: Case, roof: Roof, *, budget: float = 4.0, wanted: Collection[str] | None = None
+) -> Iterator[Timing]:
+    """Times a case: forward, then forward and backward where it has gradients.
 
-    return step
+    Args:
+        case: what to time.
+        roof: the machine's limits; the copy of the case's own first argument is another one.
+        budget: seconds of each mode.
+        wanted: names of providers, all by default; fastgen is always among them.
 
-
-def run_case(case: Case, budget: float = 4.0) -> Iterator[Timing]:
-    """Times a case: forward, then forward and backward where it has gradients."""
-    tensors = case.make()
-    device = tensors[0].device
-    for mode in ("forward", "forward+backward") if case.grad else ("forward",):
-        steps: dict[str, Callable[[], Any]] = {}
-        for name, function in providers(case).items():
-            step = (
-                _forward(function, tensors)
-                if mode == "forward"
-                else _forward_backward(function, tensors, case.grad)
-            )
-            try:
-                step()
-            except ImportError as error:
-                yield Timing(name, mode, note=f"not installed: {error.name or error}")
-                continue
-            steps[name] = step
-        if mode == "forward":
-            # The floor of any op that reads and writes: one copy of the first tensor.
-            steps["x.clone()"] = lambda: tensors[0].clone()
-        for name, times in interleaved(steps, device, budget=budget).items():
-            low, *_, high = quantiles(times, n=5)
-            yield Timing(name, mode, median(times), low, high)
-
-
-@dataclass(frozen=True)
-class Roof:
-    """What the machine can do, measured in the same process.
-
-    Attributes:
-        bandwidth: bytes/s, read plus write, of `x.clone()` for a tensor larger than the caches.
-        flops: float32 operations/s of a large matrix product.
+    Raises:
+        ValueError: a peer computes something else than fastgen.
     """
+    torch.manual_seed(0)
+    arguments = case.make()
+    x, device = arguments[0], arguments[0].device
+    available, missing = _installed(case, None if wanted is None else {"fastgen", *wanted})
+    bandwidth = roof.bandwidth
+    for mode in case.modes:
+        for name, note in missing.items():
+            yield Timing(name, mode, note=note)
+        steps = {
+            name: make_step(
+                p.function, p.inputs(arguments), case.grad if p.grad is None else p.grad, mode
+            )
+            for name, p in available.items()
+        }
+        # The floor of any op that reads and writes: one copy of the first tensor.
+        steps[COPY] = lambda: x.clone()
+        times = interleaved(steps, device, budget=budget)
+        bandwidth = max(bandwidth, 2 * x.nbytes / median(times[COPY]))
+        for name, seconds in times.items():
+            low, *_, high = quantiles(seconds, n=5, method="inclusive")
+            middle = median(seconds)
+            share = (
+                roof.share(*case.work(mode), middle, bandwidth) if name != COPY else float("nan")
+            )
+            package = available[name].version if name != COPY else ""
+            peak = peak_bytes(steps[name], device)
+            yield Timing(name, mode, middle, low, high, peak, share, package)
 
-    bandwidth: float
-    flops: float
 
-
-def measure_roof(device: torch.device) -> Roof:
-    """Measures the machine's copy bandwidth and matrix-product rate."""
-    x = torch.randn(64 << 20, device=device)
-    out = torch.empty_like(x)
-    a = torch.randn(2048, 2048, device=device)
-    times = interleaved(
-        {"copy": lambda: out.copy_(x), "product": lambda: a @ a}, device, budget=3.0
-    )
-    return Roof(2 * x.nbytes / median(times["copy"]), 2 * 2048**3 / median(times["product"]))
-
-
-def share_of_roof(case: Case, seconds: float, roof: Roof) -> float:
-    """Fraction of the limit reached: the larger of memory and arithmetic time over `seconds`."""
-    return max(case.bytes / roof.bandwidth, case.flops / roof.flops) / seconds
+def _installed(
+    case: Case, wanted: Collection[str] | None
+) -> tuple[dict[str, Provider], dict[str, str]]:
+    """The providers that can run, compared with fastgen; and why the others cannot."""
+    available, missing = {}, {}
+    for name, provider in providers(case, wanted).items():
+        try:
+            check_same(case, name, provider)
+            with torch.no_grad():
+                provider.function(*provider.inputs(case.make()))
+        except ImportError as error:
+            missing[name] = f"not installed: {error.name or error}"
+        else:
+            available[name] = provider
+    return available, missing

@@ -1,41 +1,34 @@
 """Runs benchmarks: `python -m benchmarks.run [OP ...]`.
 
 For each op: its tests first (no figures on red), then every case of `benchmarks/ops/bench_<op>.py`.
-Prints a table with ratios to fastgen and the share of the measured roof, writes a CSV and a chart
-to benchmarks/results/<machine>/.
+Prints ratios to fastgen, the share of the measured roof and the peak of memory, and keeps a CSV an
+op and two charts in benchmarks/results/<machine>/. With `--base REV` compares the working tree with
+another revision instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
-import platform
-import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from datetime import datetime, timezone
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-import fastgen
-from benchmarks.harness import Case, Roof, Timing, measure_roof, run_case, share_of_roof
+from benchmarks import compare, results
+from benchmarks.case import Case, Setting, Timing
+from benchmarks.harness import run_case
+from benchmarks.roof import Roof, measure_roof
 from fastgen import backends
+from fastgen.ops import _library
 
-ROOT = Path(__file__).parents[1]
-
-
-def machine_name() -> str:
-    """A short name of this kind of machine, for the results folder."""
-    if torch.cuda.is_available():
-        model = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
-        model = f"{found[1] if found else platform.machine()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+ROOT = results.ROOT
+CPU = torch.device("cpu")
+QUICK_BUDGET = 0.3
 
 
 def tests_pass(op: str) -> bool:
@@ -51,105 +44,232 @@ def tests_pass(op: str) -> bool:
     return done.returncode == 0
 
 
-def print_timings(case: Case, timings: Sequence[Timing], roof: Roof) -> None:
-    """Prints one case: a line a provider, with the ratio to fastgen."""
-    print(f"\n{case.op} {case.size}")
-    ours = {t.mode: t.seconds for t in timings if t.provider == "fastgen"}
-    for t in timings:
-        if t.note:
-            print(f"  {t.mode:17} {t.provider:24} {t.note}")
-            continue
-        share = ""
-        if t.provider == "fastgen" and t.mode == "forward" and (case.bytes or case.flops):
-            share = f"  {share_of_roof(case, t.seconds, roof):4.0%} of the roof"
-        print(
-            f"  {t.mode:17} {t.provider:24} {t.seconds * 1e3:9.3f} ms"
-            f"  [{t.low * 1e3:.3f} .. {t.high * 1e3:.3f}]"
-            f"  {t.seconds / ours[t.mode]:7.2f} x fastgen{share}",
-            flush=True,
-        )
+class Progress:
+    """Says which case is next, how many there are and how long it has taken."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.start = total, 0, time.monotonic()
+
+    def next(self, text: str) -> None:
+        self.done += 1
+        minutes, seconds = divmod(int(time.monotonic() - self.start), 60)
+        print(f"\n[{self.done}/{self.total}, {minutes}:{seconds:02}] {text}", flush=True)
 
 
-def rows(case: Case, timings: Sequence[Timing], roof: Roof) -> list[dict]:
-    """The CSV rows of one case."""
-    common = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "fastgen": fastgen.__version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "copy_gb_s": round(roof.bandwidth / 1e9, 2),
-        "matmul_gflop_s": round(roof.flops / 1e9, 1),
-        "op": case.op,
-        "size": case.size,
-    }
-    return [
-        {
-            **common,
-            "mode": t.mode,
-            "provider": t.provider,
-            "median_ms": f"{t.seconds * 1e3:.4f}",
-            "p20_ms": f"{t.low * 1e3:.4f}",
-            "p80_ms": f"{t.high * 1e3:.4f}",
-            "note": t.note,
-        }
-        for t in timings
-    ]
+def print_timing(t: Timing, ours: float) -> None:
+    """One line: time, spread, ratio to fastgen, share of the roof, peak of memory."""
+    if t.note:
+        print(f"  {t.mode:17} {t.provider:24} {t.note}", flush=True)
+        return
+    share = "" if t.share != t.share else f"  {t.share:5.0%} of the roof"
+    print(
+        f"  {t.mode:17} {t.provider:24} {t.seconds * 1e3:9.3f} ms"
+        f"  [{t.low * 1e3:.3f} .. {t.high * 1e3:.3f}]"
+        f"  {t.seconds / ours:7.2f} x fastgen  {t.peak / 2**20:8.1f} MiB{share}",
+        flush=True,
+    )
 
 
-def write_results(folder: Path, op: str, table: list[dict]) -> Path:
-    """Writes one op's CSV, replacing what an earlier run left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{op}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    return path
+def time_case(case: Case, roof: Roof, options: argparse.Namespace) -> list[Timing]:
+    """Times and prints one case under the setting in force."""
+    timings: list[Timing] = []
+    ours = float("nan")
+    for t in run_case(case, roof, budget=options.budget, wanted=options.providers):
+        timings.append(t)
+        if t.provider == "fastgen":
+            ours = t.seconds
+        print_timing(t, ours)
+    return timings
+
+
+def print_scaling(case: Case, times: dict[Setting, dict[str, float]]) -> None:
+    """How much faster fastgen is with the most threads than with the fewest, a line a mode."""
+    for isa in dict.fromkeys(setting.isa for setting in times):
+        fewest, *_, most = sorted((s for s in times if s.isa == isa), key=lambda s: s.threads)
+        for mode, seconds in times[fewest].items():
+            factor = seconds / times[most][mode]
+            print(
+                f"  {mode:17} fastgen, {isa}: {factor:.2f} times as fast with {most.threads} "
+                f"threads as with {fewest.threads}"
+            )
+
+
+def bench_op(
+    op: str,
+    cases: Sequence[Case],
+    roofs: dict[Setting, Roof],
+    progress: Progress,
+    options: argparse.Namespace,
+) -> None:
+    """Times the chosen cases of one op under every setting; results are kept case by case."""
+    sizes = [case.size for case in all_cases(op)]
+    commit = results.revision()
+    for case in cases:
+        times: dict[Setting, dict[str, float]] = {}
+        for setting, roof in list(roofs.items()):
+            progress.next(f"{op} {case.size}, {setting}")
+            setting.apply()
+            roofs[setting] = roof = roof.or_more(measure_roof(CPU))
+            timings = time_case(case, roof, options)
+            times[setting] = {t.mode: t.seconds for t in timings if t.provider == "fastgen"}
+            if options.out is not None:
+                table = results.rows_of(case, timings, roof, setting.isa, commit)
+                keep_others = options.providers is not None
+                results.update(options.out / f"{op}.csv", table, sizes, keep_others=keep_others)
+        if len({setting.threads for setting in roofs}) > 1:
+            print_scaling(case, times)
+
+
+def all_cases(op: str) -> list[Case]:
+    return importlib.import_module(f"benchmarks.ops.bench_{op}").CASES
+
+
+def chosen_cases(ops: Sequence[str], wanted: str) -> dict[str, list[Case]]:
+    """The cases of each op whose size contains `wanted`; ops with none are left out."""
+    chosen = {op: [case for case in all_cases(op) if wanted in case.size] for op in ops}
+    return {op: cases for op, cases in chosen.items() if cases}
+
+
+def check_kept(folder: Path | None, ops: Iterable[str]) -> None:
+    """Raises ValueError where `folder` has a CSV of one of the ops that cannot be added to."""
+    for op in ops:
+        if folder is not None and (folder / f"{op}.csv").exists():
+            results.read(folder / f"{op}.csv")
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive integers, got {text!r}")
+    return int(text)
+
+
+def _thread_counts(text: str) -> list[int]:
+    return [_positive_int(part) for part in _list(text)]
+
+
+def parser(known: Sequence[str]) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
+    p.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(known)}; default all")
+    p.add_argument("--filter", default="", metavar="SIZE", help="only cases whose size contains it")
+    p.add_argument(
+        "--providers", type=_list, metavar="A,B", help="only these beside fastgen, e.g. faiss"
+    )
+    p.add_argument("--budget", type=float, default=4.0, help="seconds a case and mode (default 4)")
+    p.add_argument(
+        "--threads", type=_thread_counts, metavar="1,2", help="thread counts (default: all cores)"
+    )
+    p.add_argument(
+        "--isa",
+        type=_list,
+        metavar="avx2,portable",
+        help="instruction sets of fastgen's kernels, the others choose theirs (default: the best)",
+    )
+    p.add_argument("--out", type=Path, help="folder for CSV and PNG; default results/<machine>")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a look: {QUICK_BUDGET} s a case; no tests and nothing kept, unless --out is given",
+    )
+    p.add_argument("--base", metavar="REV", help="compare with this git revision of fastgen")
+    return p
+
+
+def settings(options: argparse.Namespace) -> list[Setting]:
+    """Every combination of thread count and instruction set.
+
+    Raises:
+        ValueError: an instruction set that is unknown or that the machine lacks.
+    """
+    best = torch.ops.fastgen.best_cpu_isa()
+    found = []
+    for isa in options.isa or [_library.CPU_ISAS[torch.ops.fastgen.cpu_isa()]]:
+        if isa not in _library.CPU_ISAS:
+            raise ValueError(f"unknown --isa {isa!r}; expected {', '.join(_library.CPU_ISAS)}")
+        if _library.CPU_ISAS.index(isa) > best:
+            raise ValueError(f"--isa {isa}: this machine's best is {_library.CPU_ISAS[best]}")
+        found += [Setting(n, isa) for n in options.threads or [torch.get_num_threads()]]
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 where an op's tests fail, 2 for a bad argument."""
+    """Entry point.
+
+    Returns:
+        0; 1 where an op's tests fail; 2 for a bad argument; 130 where it was interrupted.
+    """
     known = sorted(backends.ops())
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(known)}")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds a case and mode")
-    parser.add_argument("--threads", type=int, help="threads torch and the kernels use")
-    parser.add_argument("--out", type=Path, help="folder for CSV and PNG")
-    options = parser.parse_args(arguments)
+    p = parser(known)
+    options = p.parse_args(arguments)
+    refuse = partial(p.exit, 2)
     unknown = [op for op in options.ops if op not in known]
     if unknown:
-        parser.exit(2, f"unknown op {unknown[0]!r}; expected one of {', '.join(known)}\n")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    folder = options.out or ROOT / "benchmarks" / "results" / machine_name()
-    roof = measure_roof(torch.device("cpu"))
-    print(f"machine: {machine_name()}, torch {torch.__version__}")
-    print(f"roof: copy {roof.bandwidth / 1e9:.1f} GB/s, matmul {roof.flops / 1e9:.0f} GFLOP/s")
+        refuse(f"unknown op {unknown[0]!r}; expected one of {', '.join(known)}\n")
+    if _library.cpu_unavailable is not None:
+        refuse(f"no CPU kernels to time: {_library.cpu_unavailable}\n")
+    try:
+        chosen = settings(options)
+    except ValueError as error:
+        refuse(f"{error}\n")
+    cases = chosen_cases(options.ops or known, options.filter)
+    if not cases:
+        refuse(
+            f"--filter {options.filter!r}: no case of {', '.join(options.ops or known)} has it\n"
+        )
+    if options.quick:
+        options.budget = QUICK_BUDGET
+    if options.base is not None:
+        return compare.main(options.base, cases, chosen, options.budget, options.out)
+    keep = not options.quick or options.out is not None
+    if keep and options.out is None:
+        options.out = ROOT / "benchmarks" / "results" / results.machine_name()
+    try:
+        check_kept(options.out, cases)
+    except ValueError as error:
+        refuse(f"{error}\n")
+    try:
+        return run(cases, chosen, options)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; finished cases are in {options.out}" if keep else "\ninterrupted")
+        return 130
+
+
+def run(
+    cases: dict[str, list[Case]], chosen: Sequence[Setting], options: argparse.Namespace
+) -> int:
+    """Tests and times every op; returns 1 where tests failed, else 0."""
+    print(f"machine: {results.machine_name()}, torch {torch.__version__}")
+    roofs = {}
+    for setting in chosen:
+        setting.apply()
+        roofs[setting] = measure_roof(CPU)
+        print(f"roof, {setting}: {roofs[setting]}")
+    progress = Progress(len(chosen) * sum(len(of_op) for of_op in cases.values()))
     red = []
-    for op in options.ops or known:
-        if not tests_pass(op):
+    for op, of_op in cases.items():
+        if options.out is not None and not tests_pass(op):
             red.append(op)
+            progress.done += len(chosen) * len(of_op)
             print(f"\n{op}: tests fail, no figures")
             continue
-        table = []
-        for case in importlib.import_module(f"benchmarks.ops.bench_{op}").CASES:
-            timings = list(run_case(case, options.budget))
-            print_timings(case, timings, roof)
-            table += rows(case, timings, roof)
-        print(f"  -> {write_results(folder, op, table)}")
-    draw(folder)
+        bench_op(op, of_op, roofs, progress, options)
+    if options.out is not None and len(red) < len(cases):
+        draw(options.out)
     return 1 if red else 0
 
 
 def draw(folder: Path) -> None:
-    """Draws the chart of everything in the folder, where matplotlib is there."""
+    """Draws the charts of everything in the folder, where matplotlib is there."""
     try:
         from benchmarks.plot import plot_results
     except ImportError as error:
-        print(f"no chart: {error.name} is not installed")
+        print(f"no charts: {error.name} is not installed")
         return
-    print(f"\nchart: {plot_results(folder)}")
+    for path in plot_results(folder):
+        print(f"\nchart: {path}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ def _case(
         call=ops.adain,
         grad=(0, 1, 2),
         bytes=2 * dtype.itemsize * torch.Size(shape).numel(),
+        flops=6 * torch.Size(shape).numel(),
+        # x and the cotangent in, the gradient of x out.
+        bytes_backward=3 * dtype.itemsize * torch.Size(shape).numel(),
+        flops_backward=9 * torch.Size(shape).numel(),
         peers={"torch": _torch},
     )
 

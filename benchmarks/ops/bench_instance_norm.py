@@ -19,6 +19,10 @@ def _case(batch: int, channels: int, *spatial: int) -> Case:
         call=ops.instance_norm,
         grad=(0, 1, 2),
         bytes=2 * 4 * torch.Size(shape).numel(),
+        flops=6 * torch.Size(shape).numel(),
+        # x and the cotangent in, the gradient of x out.
+        bytes_backward=3 * 4 * torch.Size(shape).numel(),
+        flops_backward=9 * torch.Size(shape).numel(),
         peers={"torch": _torch},
     )
 

@@ -20,6 +20,8 @@ def _case(count: int) -> Case:
         make=lambda: (random.make_key(1),),
         call=partial(ops.normal, size=(count,)),
         bytes=4 * count,
+        # What is done in floats; the words of Philox are integers.
+        flops=9 * count,
         peers={"torch.randn": torch_randn},
     )
 

@@ -28,6 +28,9 @@ def _case(rows: int, codes: int, size: int) -> Case:
         call=functools.partial(_call, codes),
         grad=(0,),
         bytes=4 * size * (rows + codes) + 8 * rows,
+        flops=rows * size,
+        # The cotangent of the sums and the indices in, the gradient of x out.
+        bytes_backward=4 * size * (rows + codes) + 8 * rows,
         peers={"one_hot": functools.partial(by_one_hot, codes)},
     )
 

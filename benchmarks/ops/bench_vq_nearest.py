@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case
+from benchmarks.harness import Case, Provider
 from fastgen import ops
 
 
@@ -24,8 +24,9 @@ def compiled(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def faiss(x: Tensor, codebook: Tensor) -> Tensor:
-    from faiss import METRIC_L2, knn
+    from faiss import METRIC_L2, knn, omp_set_num_threads
 
+    omp_set_num_threads(torch.get_num_threads())
     return torch.from_numpy(knn(x.numpy(), codebook.numpy(), 1, METRIC_L2)[1][:, 0])
 
 
@@ -37,7 +38,11 @@ def _case(rows: int, codes: int, size: int) -> Case:
         call=ops.vq_nearest,
         bytes=4 * size * (rows + codes) + 8 * rows,
         flops=2 * rows * codes * size,
-        peers={"expanded": expanded, "expanded, compiled": compiled, "faiss": faiss},
+        peers={
+            "expanded": expanded,
+            "expanded compiled": compiled,
+            "faiss": Provider(faiss, package="faiss-cpu"),
+        },
         compiled=size <= 64,
     )
 
