@@ -3,6 +3,7 @@
 // its ends; phi = 1 - theta.
 
 #include "columns.h"
+#include "row_sums.h"
 
 namespace fastgen::FASTGEN_ISA_NS {
 
@@ -328,19 +329,6 @@ void spline_backward(const SplineInputs<S>& a, const SplineGradients<S>& out, st
   dispatch_spline(a.options, a.bins, [&](auto inverse, auto bins) {
     spline_backward_range<inverse()>(a, out, begin, end, grad_log_det, columns, bins);
   });
-}
-
-// out[j] = sum of the j-th `size` values.
-template <class T>
-void sum_segments(const T* values, std::int64_t count, std::int64_t size, T* out) {
-  using V = Vec<T>;
-  for (std::int64_t j = 0; j < count; ++j, values += size) {
-    CascadeSum<T> total;
-    std::int64_t i = 0;
-    for (; i + V::width <= size; i += V::width) total.add(V::load(values + i));
-    if (i < size) total.add(V::load_n(values + i, static_cast<int>(size - i)));
-    out[j] = total.value();
-  }
 }
 
 }  // namespace fastgen::FASTGEN_ISA_NS
