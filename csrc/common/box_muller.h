@@ -20,8 +20,8 @@ constexpr float kLogPoly[8] = {0.9999904632568359f,  0.6672642230987549f,   0.48
                                -3.2791852951049805f, 2.8290984630584717f};
 constexpr float kTwoLn2 = 1.3862943611198906f;
 // sin(s pi/2) = s (pi/2 + s^2 S(s^2)) and cos(s pi/2) = 1 + s^2 C(s^2) for |s| <= 1/2. Relative errors 4e-9,
-// 5e-10, that of pi/2 aside.
-constexpr float kHalfPi = 1.5707963267948966f;
+// 5e-10.
+constexpr float kHalfPiHigh = 1.5707963705062866f, kHalfPiLow = -4.371139e-8f;
 constexpr float kSinPoly[3] = {-0.6459636092185974f, 0.07968108355998993f, -0.004603731911629438f};
 constexpr float kCosPoly[4] = {-1.2337005138397217f, 0.25366854667663574f, -0.020855596289038658f,
                                0.0008944863802753389f};
@@ -67,7 +67,7 @@ FASTGEN_HD inline void box_muller(std::uint32_t radius, std::uint32_t angle, flo
   const float s = fused(static_cast<float>(static_cast<std::int32_t>(angle << 2)), 0x1p-32f, 0x1p-31f);
   const float z = s * s;
   const float ps = fused(fused(kSinPoly[2], z, kSinPoly[1]), z, kSinPoly[0]);
-  const float sine = s * fused(z, ps, kHalfPi);
+  const float sine = fused(s, kHalfPiHigh, s * fused(z, ps, kHalfPiLow));
   const float pc = fused(fused(fused(kCosPoly[3], z, kCosPoly[2]), z, kCosPoly[1]), z, kCosPoly[0]);
   const float cosine = fused(z, pc, 1.0f);
   const bool swap = (quarter & 0x40000000u) != 0;

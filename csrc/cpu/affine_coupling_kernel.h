@@ -42,7 +42,7 @@ void coupling_run(const S* x, const S* raw, const S* shift, S* y, std::int64_t n
                   const Sink& sink) {
   using V = Vec<acc_t<S>>;
   V log_scale;
-  const auto step = [&](V x, V raw, V shift) {
+  const auto step = [&](V x, V raw, V shift) FASTGEN_INLINE_LAMBDA {
     const auto terms = scale_terms<kScale, kInverse>(raw, factor);
     log_scale = terms.log_scale;
     return kInverse ? (x - shift) * terms.multiplier : fma(x, terms.multiplier, shift);
@@ -84,7 +84,7 @@ void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const V
   S* grad_raw = a.grad_raw + piece.row * a.size;
   S* grad_shift = a.grad_shift + piece.row * a.size;
   V gx, gr, gt;
-  const auto step = [&](V gy, V gld, V x, V raw, V shift) {
+  const auto step = [&](V gy, V gld, V x, V raw, V shift) FASTGEN_INLINE_LAMBDA {
     const auto terms = scale_terms<kScale, kInverse>(raw, factor);
     gx = gy * terms.multiplier;
     gt = kInverse ? -gx : gy;

@@ -98,7 +98,7 @@ FASTGEN_INLINE void box_muller(Words (&radius)[N], Words (&angle)[N]) {
     cosine[n] = fma(fma(V(kCosPoly[3]), z[n], V(kCosPoly[2])), z[n], V(kCosPoly[1]));
   }
   for (int n = 0; n < N; ++n) {
-    sine[n] = s[n] * fma(z[n], sine[n], V(kHalfPi));
+    sine[n] = fma(s[n], V(kHalfPiHigh), s[n] * fma(z[n], sine[n], V(kHalfPiLow)));
     cosine[n] = fma(z[n], fma(cosine[n], z[n], V(kCosPoly[0])), V(1.0f));
   }
   for (int n = 0; n < N; ++n) {

@@ -23,7 +23,7 @@ inline void reparam_run(const S* mu, const S* logvar, const E* eps, S* z, std::i
   using T = acc_t<S>;
   using V = Vec<T>;
   V term;
-  const auto step = [&](V m, V lv, V e) {
+  const auto step = [&](V m, V lv, V e) FASTGEN_INLINE_LAMBDA {
     V sigma, variance_m1, excess;
     sigma_terms(lv, &sigma, &variance_m1, &excess);
     term = fma(m, m, excess);
@@ -83,7 +83,7 @@ inline void reparam_grad_run(const S* grad_z, const Value& grad_kl, std::int64_t
   using T = acc_t<S>;
   using V = Vec<T>;
   V gm, gl, gn;
-  const auto step = [&](V gz, V gk, V m, V lv, V e) {
+  const auto step = [&](V gz, V gk, V m, V lv, V e) FASTGEN_INLINE_LAMBDA {
     V sigma, variance_m1, excess;
     sigma_terms(lv, &sigma, &variance_m1, &excess);
     gn = gz * sigma;

@@ -302,22 +302,22 @@ struct Mask {
   using Int = lane_mask_t<T>;
   static constexpr int width = 32 / sizeof(T);
   part_t<Int> m[2];
-  static Mask first(int n) {
+  static FASTGEN_INLINE Mask first(int n) {
     Int lanes[width];
     for (int i = 0; i < width; ++i) lanes[i] = i < n ? -1 : 0;
     Mask r;
     std::memcpy(r.m, lanes, sizeof(lanes));
     return r;
   }
-  friend Mask operator&(Mask a, Mask b) {
+  friend FASTGEN_INLINE Mask operator&(Mask a, Mask b) {
     FASTGEN_EACH a.m[i] &= b.m[i];
     return a;
   }
-  friend Mask operator|(Mask a, Mask b) {
+  friend FASTGEN_INLINE Mask operator|(Mask a, Mask b) {
     FASTGEN_EACH a.m[i] |= b.m[i];
     return a;
   }
-  friend Mask operator~(Mask a) {
+  friend FASTGEN_INLINE Mask operator~(Mask a) {
     FASTGEN_EACH a.m[i] = ~a.m[i];
     return a;
   }
@@ -336,6 +336,23 @@ struct Mask {
   }
 };
 
+// a < b ? a : b and a > b ? a : b. gcc does not find the instructions for them in the conditional expression.
+#if defined(__x86_64__)
+FASTGEN_INLINE part_t<float> least_of(part_t<float> a, part_t<float> b) { return _mm_min_ps(a, b); }
+FASTGEN_INLINE part_t<float> greatest_of(part_t<float> a, part_t<float> b) { return _mm_max_ps(a, b); }
+FASTGEN_INLINE part_t<double> least_of(part_t<double> a, part_t<double> b) { return _mm_min_pd(a, b); }
+FASTGEN_INLINE part_t<double> greatest_of(part_t<double> a, part_t<double> b) { return _mm_max_pd(a, b); }
+#else
+template <class P>
+FASTGEN_INLINE P least_of(P a, P b) {
+  return a < b ? a : b;
+}
+template <class P>
+FASTGEN_INLINE P greatest_of(P a, P b) {
+  return a > b ? a : b;
+}
+#endif
+
 template <class T>
 struct Vec {
   using P = part_t<T>;
@@ -343,27 +360,27 @@ struct Vec {
   static constexpr int width = 32 / sizeof(T);
   P v[2];
   Vec() = default;
-  Vec(T s) {
+  FASTGEN_INLINE Vec(T s) {
     if constexpr (sizeof(T) == 4) {
       v[0] = v[1] = P{s, s, s, s};
     } else {
       v[0] = v[1] = P{s, s};
     }
   }
-  static Vec load(const T* p) {
+  static FASTGEN_INLINE Vec load(const T* p) {
     Vec r;
     std::memcpy(r.v, p, sizeof(r.v));
     return r;
   }
-  static Vec load_n(const T* p, int n) {
+  static FASTGEN_INLINE Vec load_n(const T* p, int n) {
     Vec r(T(0));
     std::memcpy(r.v, p, static_cast<std::size_t>(n) * sizeof(T));
     return r;
   }
-  void store(T* p) const { std::memcpy(p, v, sizeof(v)); }
-  void store_n(T* p, int n) const { std::memcpy(p, v, static_cast<std::size_t>(n) * sizeof(T)); }
+  FASTGEN_INLINE void store(T* p) const { std::memcpy(p, v, sizeof(v)); }
+  FASTGEN_INLINE void store_n(T* p, int n) const { std::memcpy(p, v, static_cast<std::size_t>(n) * sizeof(T)); }
 #define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                        \
-  friend Vec NAME(Vec a, Vec b) {                                                                                 \
+  friend FASTGEN_INLINE Vec NAME(Vec a, Vec b) {                                                                  \
     FASTGEN_EACH a.v[i] = EXPRESSION;                                                                             \
     return a;                                                                                                     \
   }
@@ -371,26 +388,25 @@ struct Vec {
   FASTGEN_LANEWISE(operator-, a.v[i] - b.v[i])
   FASTGEN_LANEWISE(operator*, a.v[i] * b.v[i])
   FASTGEN_LANEWISE(operator/, a.v[i] / b.v[i])
-  FASTGEN_LANEWISE(min, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
-  FASTGEN_LANEWISE(max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+  FASTGEN_LANEWISE(min, least_of(a.v[i], b.v[i]))
+  FASTGEN_LANEWISE(max, greatest_of(a.v[i], b.v[i]))
 #undef FASTGEN_LANEWISE
-  friend Vec operator-(Vec a) {
+  friend FASTGEN_INLINE Vec operator-(Vec a) {
     FASTGEN_EACH a.v[i] = -a.v[i];
     return a;
   }
-  friend Vec abs(Vec a) {
+  friend FASTGEN_INLINE Vec abs(Vec a) {
     FASTGEN_EACH a.v[i] =
         reinterpret_cast<P>(reinterpret_cast<I>(a.v[i]) & ~reinterpret_cast<I>(Vec(T(-0.0)).v[i]));
     return a;
   }
-  friend Vec sqrt(Vec a) {
-    T lanes[width];
-    a.store(lanes);
-    for (int i = 0; i < width; ++i) lanes[i] = std::sqrt(lanes[i]);
-    return load(lanes);
+  friend FASTGEN_INLINE Vec sqrt(Vec a) {
+    for (int i = 0; i < width; ++i)
+      a.v[i * 2 / width][i % (width / 2)] = std::sqrt(a.v[i * 2 / width][i % (width / 2)]);
+    return a;
   }
 #define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                        \
-  friend Mask<T> NAME(Vec a, Vec b) {                                                                             \
+  friend FASTGEN_INLINE Mask<T> NAME(Vec a, Vec b) {                                                              \
     Mask<T> r;                                                                                                    \
     FASTGEN_EACH r.m[i] = reinterpret_cast<I>(EXPRESSION);                                                        \
     return r;                                                                                                     \
@@ -399,10 +415,10 @@ struct Vec {
   FASTGEN_LANEWISE(operator<=, a.v[i] <= b.v[i])
   FASTGEN_LANEWISE(operator==, a.v[i] == b.v[i])
 #undef FASTGEN_LANEWISE
-  friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-  friend Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
-  friend Mask<T> is_nan(Vec a) { return ~(a == a); }
-  friend Vec select(Mask<T> m, Vec a, Vec b) {
+  friend FASTGEN_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  friend FASTGEN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
+  friend FASTGEN_INLINE Mask<T> is_nan(Vec a) { return ~(a == a); }
+  friend FASTGEN_INLINE Vec select(Mask<T> m, Vec a, Vec b) {
     FASTGEN_EACH a.v[i] =
         reinterpret_cast<P>((m.m[i] & reinterpret_cast<I>(a.v[i])) | (~m.m[i] & reinterpret_cast<I>(b.v[i])));
     return a;
@@ -414,15 +430,15 @@ struct Words {
   static constexpr int width = Vec<float>::width;
   P v[2];
   Words() = default;
-  Words(std::uint32_t s) { v[0] = v[1] = P{s, s, s, s}; }
-  static Words load(const std::uint32_t* p) {
+  FASTGEN_INLINE Words(std::uint32_t s) { v[0] = v[1] = P{s, s, s, s}; }
+  static FASTGEN_INLINE Words load(const std::uint32_t* p) {
     Words r;
     std::memcpy(r.v, p, sizeof(r.v));
     return r;
   }
-  void store(std::uint32_t* p) const { std::memcpy(p, v, sizeof(v)); }
+  FASTGEN_INLINE void store(std::uint32_t* p) const { std::memcpy(p, v, sizeof(v)); }
 #define FASTGEN_LANEWISE(OPERATOR)                                                                                \
-  friend Words operator OPERATOR(Words a, Words b) {                                                              \
+  friend FASTGEN_INLINE Words operator OPERATOR(Words a, Words b) {                                               \
     FASTGEN_EACH a.v[i] = a.v[i] OPERATOR b.v[i];                                                                 \
     return a;                                                                                                     \
   }
@@ -433,39 +449,39 @@ struct Words {
   FASTGEN_LANEWISE(^)
 #undef FASTGEN_LANEWISE
   template <int N>
-  Words shl() const {
+  FASTGEN_INLINE Words shl() const {
     Words r;
     FASTGEN_EACH r.v[i] = v[i] << N;
     return r;
   }
   template <int N>
-  Words shr() const {
+  FASTGEN_INLINE Words shr() const {
     Words r;
     FASTGEN_EACH r.v[i] = v[i] >> N;
     return r;
   }
-  Words sign() const {
+  FASTGEN_INLINE Words sign() const {
     Words r;
     FASTGEN_EACH r.v[i] = reinterpret_cast<P>(reinterpret_cast<part_t<std::int32_t> >(v[i]) >> 31);
     return r;
   }
 };
-inline Words bits(Vec<float> a) {
+FASTGEN_INLINE Words bits(Vec<float> a) {
   Words r;
   FASTGEN_EACH r.v[i] = reinterpret_cast<Words::P>(a.v[i]);
   return r;
 }
-inline Vec<float> as_float(Words a) {
+FASTGEN_INLINE Vec<float> as_float(Words a) {
   Vec<float> r;
   FASTGEN_EACH r.v[i] = reinterpret_cast<part_t<float> >(a.v[i]);
   return r;
 }
-inline Vec<float> int_to_float(Words a) {
+FASTGEN_INLINE Vec<float> int_to_float(Words a) {
   Vec<float> r;
   FASTGEN_EACH r.v[i] = __builtin_convertvector(reinterpret_cast<part_t<std::int32_t> >(a.v[i]), part_t<float>);
   return r;
 }
-inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
+FASTGEN_INLINE Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
   Mask<float> negative;
   FASTGEN_EACH negative.m[i] = reinterpret_cast<part_t<std::int32_t> >(m.sign().v[i]);
   return select(negative, a, b);
@@ -476,26 +492,26 @@ struct WideWords {
   static constexpr int width = Words::width / 2;
   P v[2];
   WideWords() = default;
-  WideWords(std::uint64_t s) { v[0] = v[1] = P{s, s}; }
-  static WideWords load(const std::uint64_t* p) {
+  FASTGEN_INLINE WideWords(std::uint64_t s) { v[0] = v[1] = P{s, s}; }
+  static FASTGEN_INLINE WideWords load(const std::uint64_t* p) {
     WideWords r;
     std::memcpy(r.v, p, sizeof(r.v));
     return r;
   }
-  WideWords high() const {
+  FASTGEN_INLINE WideWords high() const {
     WideWords r;
     FASTGEN_EACH r.v[i] = v[i] >> 32;
     return r;
   }
-  friend WideWords operator+(WideWords a, WideWords b) {
+  friend FASTGEN_INLINE WideWords operator+(WideWords a, WideWords b) {
     FASTGEN_EACH a.v[i] += b.v[i];
     return a;
   }
-  friend WideWords xor3(WideWords a, WideWords b, WideWords c) {
+  friend FASTGEN_INLINE WideWords xor3(WideWords a, WideWords b, WideWords c) {
     FASTGEN_EACH a.v[i] ^= b.v[i] ^ c.v[i];
     return a;
   }
-  friend WideWords mul_low(WideWords a, WideWords b) {
+  friend FASTGEN_INLINE WideWords mul_low(WideWords a, WideWords b) {
 #if defined(__x86_64__)
     FASTGEN_EACH a.v[i] =
         reinterpret_cast<P>(_mm_mul_epu32(reinterpret_cast<__m128i>(a.v[i]), reinterpret_cast<__m128i>(b.v[i])));
@@ -504,7 +520,7 @@ struct WideWords {
 #endif
     return a;
   }
-  friend Words interleave_low(WideWords even, WideWords odd) {
+  friend FASTGEN_INLINE Words interleave_low(WideWords even, WideWords odd) {
     static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half of a 64-bit lane must come first");
     Words r;
     FASTGEN_EACH r.v[i] = reinterpret_cast<Words::P>((even.v[i] & 0xffffffffu) | (odd.v[i] << 32));
@@ -512,7 +528,7 @@ struct WideWords {
   }
 };
 #if defined(__x86_64__)
-inline void transpose4(Words (&w)[4]) {
+FASTGEN_INLINE void transpose4(Words (&w)[4]) {
   FASTGEN_EACH {
     __m128 row[4];
     for (int j = 0; j < 4; ++j) row[j] = reinterpret_cast<__m128>(w[j].v[i]);
@@ -521,7 +537,7 @@ inline void transpose4(Words (&w)[4]) {
   }
 }
 #else
-inline void transpose4(Words (&w)[4]) {
+FASTGEN_INLINE void transpose4(Words (&w)[4]) {
   std::uint32_t lanes[4][Words::width];
   for (int j = 0; j < 4; ++j) w[j].store(lanes[j]);
   for (int block = 0; block < Words::width; block += 4) {
@@ -532,25 +548,25 @@ inline void transpose4(Words (&w)[4]) {
   for (int j = 0; j < 4; ++j) w[j] = Words::load(lanes[j]);
 }
 #endif
-inline Vec<double> low_half(Vec<float> a) {
+FASTGEN_INLINE Vec<double> low_half(Vec<float> a) {
   double lanes[4];
   for (int i = 0; i < 4; ++i) lanes[i] = static_cast<double>(a.v[0][i]);
   return Vec<double>::load(lanes);
 }
-inline Vec<double> high_half(Vec<float> a) {
+FASTGEN_INLINE Vec<double> high_half(Vec<float> a) {
   double lanes[4];
   for (int i = 0; i < 4; ++i) lanes[i] = static_cast<double>(a.v[1][i]);
   return Vec<double>::load(lanes);
 }
 
 template <class H>
-inline Vec<float> load(const H* p) {
+FASTGEN_INLINE Vec<float> load(const H* p) {
   float lanes[Vec<float>::width];
   for (int i = 0; i < Vec<float>::width; ++i) lanes[i] = static_cast<float>(p[i]);
   return Vec<float>::load(lanes);
 }
 template <class H>
-inline void store(H* p, Vec<float> a) {
+FASTGEN_INLINE void store(H* p, Vec<float> a) {
   float lanes[Vec<float>::width];
   a.store(lanes);
   for (int i = 0; i < Vec<float>::width; ++i) p[i] = static_cast<H>(lanes[i]);
