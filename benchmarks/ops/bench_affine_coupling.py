@@ -20,7 +20,13 @@ def _case(batch: int, size: int) -> Case:
     )
 
 
-CASES = [_case(65536, 64), _case(1024, 3072), _case(16, 64)]
+CASES = [
+    _case(65536, 64),
+    _case(1024, 3072),
+    _case(65536, 2),
+    _case(1023, 37),
+    _case(16, 64),
+]
 
 
 def _torch(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
