@@ -1,6 +1,7 @@
 // Elementary functions on vectors, for one instruction set. Read once per instruction set, after simd.h.
 // float: polynomials, maximum errors between 1.5 and 3.5 ulp (tests/test_vmath.py); double: libm lane by lane.
-// Polynomial coefficients are the single precision ones of the Cephes library (S. Moshier).
+// Polynomial coefficients are the single precision ones of the Cephes library (S. Moshier); terms are added in
+// pairs (Estrin), since one chain of multiply-adds would leave the units waiting.
 
 namespace fastgen::FASTGEN_ISA_NS {
 
@@ -17,12 +18,11 @@ FASTGEN_INLINE ExpTerms exp_terms(Vec<float> x) {
   const V n = shifted - V(kRoundingShift);
   V r = fnma(n, V(0.693359375f), clamped);
   r = fnma(n, V(-2.12194440e-4f), r);
-  V p = V(1.9875691500e-4f);
-  p = fma(p, r, V(1.3981999507e-3f));
-  p = fma(p, r, V(8.3334519073e-3f));
-  p = fma(p, r, V(4.1665795894e-2f));
-  p = fma(p, r, V(1.6666665459e-1f));
-  p = fma(p, r, V(5.0000001201e-1f));
+  const V square = r * r;
+  const V p01 = fma(V(1.6666665459e-1f), r, V(5.0000001201e-1f));
+  const V p23 = fma(V(8.3334519073e-3f), r, V(4.1665795894e-2f));
+  const V p45 = fma(V(1.9875691500e-4f), r, V(1.3981999507e-3f));
+  const V p = fma(fma(p45, square, p23), square, p01);
   return {n, shifted, r, p};
 }
 
@@ -50,15 +50,12 @@ FASTGEN_INLINE ExpExcess<float> exp_excess(Vec<float> x) {
 FASTGEN_INLINE Vec<float> log_terms(Vec<float> e, Vec<float> t) {
   using V = Vec<float>;
   const V z = t * t;
-  V p = V(7.0376836292e-2f);
-  p = fma(p, t, V(-1.1514610310e-1f));
-  p = fma(p, t, V(1.1676998740e-1f));
-  p = fma(p, t, V(-1.2420140846e-1f));
-  p = fma(p, t, V(1.4249322787e-1f));
-  p = fma(p, t, V(-1.6668057665e-1f));
-  p = fma(p, t, V(2.0000714765e-1f));
-  p = fma(p, t, V(-2.4999993993e-1f));
-  p = fma(p, t, V(3.3333331174e-1f));
+  const V p01 = fma(V(-2.4999993993e-1f), t, V(3.3333331174e-1f));
+  const V p23 = fma(V(-1.6668057665e-1f), t, V(2.0000714765e-1f));
+  const V p45 = fma(V(-1.2420140846e-1f), t, V(1.4249322787e-1f));
+  const V p67 = fma(V(-1.1514610310e-1f), t, V(1.1676998740e-1f));
+  const V fourth = z * z, p4 = fma(V(7.0376836292e-2f), fourth, fma(p67, z, p45));
+  const V p = fma(p4, fourth, fma(p23, z, p01));
   V y = p * t * z;
   y = fma(e, V(-2.12194440e-4f), y);
   y = fnma(V(0.5f), z, y);
@@ -105,10 +102,9 @@ FASTGEN_INLINE Vec<float> atan(Vec<float> x) {
   const V t = over / under;
   const V base = select(big, V(1.5707963267948966f), select(mid, V(0.7853981633974483f), V(0.0f)));
   const V z = t * t;
-  V p = V(8.05374449538e-2f);
-  p = fma(p, z, V(-1.38776856032e-1f));
-  p = fma(p, z, V(1.99777106478e-1f));
-  p = fma(p, z, V(-3.33329491539e-1f));
+  const V p01 = fma(V(1.99777106478e-1f), z, V(-3.33329491539e-1f));
+  const V p23 = fma(V(8.05374449538e-2f), z, V(-1.38776856032e-1f));
+  const V p = fma(p23, z * z, p01);
   return flip_sign(base + fma(p * z, t, t), bits(x));
 }
 
