@@ -35,7 +35,7 @@ def _case(batch: int, size: int) -> Case:
     )
 
 
-CASES = [_case(4096, 256), _case(65536, 16), _case(64, 20)]
+CASES = [_case(64, 65536), _case(4096, 256), _case(65536, 16), _case(65536, 10), _case(64, 20)]
 
 # What a call costs.
 CASES += [_case(16, 20), _case(16, 256)]

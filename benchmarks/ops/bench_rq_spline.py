@@ -35,7 +35,9 @@ def _case(batch: int, size: int, bins: int, *, inverse: bool = False) -> Case:
 CASES = [
     _case(65536, 32, 8),
     _case(65536, 32, 8, inverse=True),
+    _case(4096, 64, 4),
     _case(4096, 64, 16),
+    _case(4096, 64, 32),
     _case(16, 32, 8),
 ]
 

@@ -2,8 +2,8 @@
 //
 // With u = (radius + 1/2) / 2^32 and v = (angle + 1/2) / 2^32, exact real numbers:
 //     even = sqrt(-2 ln u) cos(2 pi v),  odd = sqrt(-2 ln u) sin(2 pi v).
-// float: both reductions are exact or correctly rounded, so that the error is that of a few float operations over
-// all 2^64 pairs, at u near 1 and at v near the axes too. No pair gives NaN, infinity or zero.
+// float: both reductions round once, relative to what they return, so that the error is that of a few float
+// operations over all 2^64 pairs, at u near 1 and at v near the axes too. No pair gives NaN, infinity or zero.
 #pragma once
 
 #include <cmath>
@@ -14,20 +14,17 @@
 
 namespace fastgen {
 
-// -2 ln(1 + t) = -2 t + t^2 (1 + t P(t)) for |t| <= 1/3: P, constant term first. Relative error 5e-9.
-constexpr float kLogPoly[8] = {-0.6666643023490906f, 0.4999961256980896f,   -0.4002085328102112f,
-                               0.33360394835472107f, -0.28011465072631836f, 0.24374890327453613f,
-                               -0.2796921730041504f, 0.2576046586036682f};
-// 2 ln 2 in two parts; multiples of the first by up to 64 are exact.
-constexpr float kTwoLn2High = 1.38671875f, kTwoLn2Low = -4.243889e-4f;
+// -2 ln(1 - t) = t (2 + t P(t)) for t in [0, 1/2]: P, constant term first. Relative error 2.4e-8.
+constexpr float kLogPoly[8] = {0.9999904632568359f,  0.6672642230987549f,   0.48736515641212463f,
+                               0.5273823738098145f,  -0.36190664768218994f, 2.4174327850341797f,
+                               -3.2791852951049805f, 2.8290984630584717f};
+constexpr float kTwoLn2 = 1.3862943611198906f;
 // sin(s pi/2) = s (pi/2 + s^2 S(s^2)) and cos(s pi/2) = 1 + s^2 C(s^2) for |s| <= 1/2. Relative errors 4e-9,
 // 5e-10.
 constexpr float kHalfPiHigh = 1.5707963705062866f, kHalfPiLow = -4.371139e-8f;
 constexpr float kSinPoly[3] = {-0.6459636092185974f, 0.07968108355998993f, -0.004603731911629438f};
 constexpr float kCosPoly[4] = {-1.2337005138397217f, 0.25366854667663574f, -0.020855596289038658f,
                                0.0008944863802753389f};
-// Bits of 2/3: the mantissa is taken in [2/3, 4/3).
-constexpr std::uint32_t kTwoThirdsBits = 0x3f2aaaabu, kOneBits = 0x3f800000u;
 
 FASTGEN_HD inline float fused(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
@@ -51,17 +48,16 @@ FASTGEN_HD inline std::uint32_t float_to_bits(float f) {
 
 // sqrt(-2 ln u).
 FASTGEN_HD inline float normal_radius(std::uint32_t word) {
-  // u = high + low exactly. With u = 2^e (1 + t), t is rounded once, relative to itself, even where u is nearly 1.
-  const float high = static_cast<float>(word >> 16) * 0x1p-16f;
-  const float low = fused(static_cast<float>(word & 0xffffu), 0x1p-32f, 0x1p-33f);
-  const std::uint32_t exponent = (float_to_bits(high + low) + (kOneBits - kTwoThirdsBits)) >> 23;
-  const float scale = bits_to_float((254u - exponent) << 23);
-  const float e = static_cast<float>(static_cast<std::int32_t>(exponent) - 127);
-  const float t = fused(low, scale, fused(high, scale, -1.0f));
+  // y is u where u < 1/2 and 1 - u elsewhere, rounded once, relative to itself, even where u is nearly 1.
+  const bool above = (word & 0x80000000u) != 0;
+  const float y = fused(static_cast<float>(static_cast<std::int32_t>(above ? ~word : word)), 0x1p-32f, 0x1p-33f);
+  // u = 2^e (1 - t) with t in (0, 1/2] and e <= 0: the terms of -2 ln u have one sign, so nothing cancels.
+  const std::uint32_t bits = float_to_bits(y);
+  const float t = above ? y : 1.0f - bits_to_float((bits & 0x007fffffu) | 0x3f000000u);
+  const float e = above ? 0.0f : static_cast<float>(static_cast<std::int32_t>(bits >> 23) - 126);
   float p = kLogPoly[7];
   for (int i = 6; i >= 0; --i) p = fused(p, t, kLogPoly[i]);
-  const float tail = fused(t * t, fused(t, p, 1.0f), -e * kTwoLn2Low);
-  return sqrtf(fused(e, -kTwoLn2High, -2.0f * t) + tail);
+  return sqrtf(fused(e, -kTwoLn2, t * fused(p, t, 2.0f)));
 }
 
 FASTGEN_HD inline void box_muller(std::uint32_t radius, std::uint32_t angle, float* even, float* odd) {

@@ -31,6 +31,7 @@
 
 // For functions in the innermost loops, which gcc would otherwise call where a loop has a tail.
 #define FASTGEN_INLINE inline __attribute__((always_inline))
+#define FASTGEN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastgen {
 
@@ -87,6 +88,9 @@ struct Rows {
     stride = count > 1 ? tensor.stride(0) : size;
   }
 
+  // Whether one row follows the other without a gap.
+  bool dense() const { return stride == size; }
+
   template <class S>
   const S* row(std::int64_t i) const {
     return static_cast<const S*>(tensor.data_ptr()) + i * stride;
@@ -125,6 +129,7 @@ struct Piece {
       : row(i / pieces(row_size)),
         first(i % pieces(row_size) * kPiece),
         last(std::min(row_size, first + kPiece)) {}
+  Piece(std::int64_t row, std::int64_t first, std::int64_t last) : row(row), first(first), last(last) {}
 };
 
 // Adds up each row's partial sums, in order.
@@ -136,6 +141,15 @@ void sum_pieces(const std::vector<T>& partial, std::int64_t count, T* out) {
     for (std::int64_t p = 0; p < per_row; ++p) total += static_cast<double>(partial[r * per_row + p]);
     out[r] = static_cast<T>(total);
   }
+}
+
+// f(partial) writes a sum for each piece; out gets those of the rows.
+template <class T, class F>
+void sum_rows(std::int64_t count, std::int64_t row_size, T* out, F&& f) {
+  if (pieces(row_size) == 1) return f(out);
+  std::vector<T> partial(count * pieces(row_size));
+  f(partial.data());
+  sum_pieces(partial, count, out);
 }
 
 inline std::vector<std::int64_t> sizes(const Tensor& t) {

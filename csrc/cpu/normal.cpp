@@ -20,7 +20,7 @@ std::int64_t checked_count(const std::vector<std::int64_t>& size) {
 // f(begin, end) in parallel over ranges of elements that start at multiples of 4.
 template <class F>
 void parallel_elements(std::int64_t count, F&& f) {
-  torch::stable::parallel_for(0, (count + 3) / 4, 4096, [&](std::int64_t begin, std::int64_t end) {
+  torch::stable::parallel_for(0, (count + 3) / 4, 2048, [&](std::int64_t begin, std::int64_t end) {
     f(4 * begin, std::min(count, 4 * end));
   });
 }

@@ -8,23 +8,26 @@ template <class S>
 void fill_normal(PhiloxKey key, S* out, std::int64_t begin, std::int64_t end) {
   using T = acc_t<S>;
   using V = Vec<T>;
-  alignas(64) T values[kPhiloxElements];
-  for (std::int64_t i = begin; i < end; i += kPhiloxElements) {
+  std::int64_t i = begin;
+  if constexpr (std::is_same_v<S, T>) {
+    for (; i + kNormalElements <= end; i += kNormalElements) {
+      normal_vectors(key, static_cast<std::uint64_t>(i) / 4, out + i);
+    }
+  }
+  alignas(64) T values[kNormalElements];
+  for (; i < end; i += kNormalElements) {
     normal_vectors(key, static_cast<std::uint64_t>(i) / 4, values);
-    const std::int64_t count = std::min<std::int64_t>(kPhiloxElements, end - i);
-    std::int64_t j = 0;
-    for (; j + V::width <= count; j += V::width) store(out + i + j, load(values + j));
-    if (j < count) store_n(out + i + j, load(values + j), static_cast<int>(count - j));
+    transform(std::min<std::int64_t>(kNormalElements, end - i), out + i, [](V a) { return a; }, values);
   }
 }
 
 inline void fill_words(PhiloxKey key, std::int64_t* out, std::int64_t begin, std::int64_t end) {
-  Words w[4];
+  Words w[1][4];
   std::uint32_t words[kPhiloxElements];
   for (std::int64_t i = begin; i < end; i += kPhiloxElements) {
     philox_vectors(key, static_cast<std::uint64_t>(i) / 4, w);
-    transpose4(w);
-    for (int j = 0; j < 4; ++j) w[j].store(words + j * Words::width);
+    transpose4(w[0]);
+    for (int j = 0; j < 4; ++j) w[0][j].store(words + j * Words::width);
     const std::int64_t count = std::min<std::int64_t>(kPhiloxElements, end - i);
     for (std::int64_t j = 0; j < count; ++j) out[i + j] = words[j];
   }

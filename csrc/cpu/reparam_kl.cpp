@@ -10,6 +10,7 @@ struct ReparamForward {
   const S *mu, *logvar, *noise;  // noise null: made from the key
   std::int64_t mu_stride, logvar_stride, noise_stride, size;
   PhiloxKey key;
+  bool dense;
   S* z;
   acc_t<S>* partial;
 };
@@ -21,6 +22,7 @@ struct ReparamBackward {
   const S *mu, *logvar, *noise;
   std::int64_t grad_z_stride, mu_stride, logvar_stride, noise_stride, size;
   PhiloxKey key;
+  bool dense;
   S *grad_mu, *grad_logvar, *grad_noise;  // grad_noise null: not wanted
 };
 
@@ -52,6 +54,7 @@ struct NoiseSource {
     return rows.has_value() ? rows->row<S>(0) : nullptr;
   }
   std::int64_t stride() const { return rows.has_value() ? rows->stride : 0; }
+  bool dense() const { return !rows.has_value() || rows->dense(); }
 };
 
 std::tuple<Tensor, Tensor> reparam_kl_fwd(const Tensor& mu, const Tensor& logvar, std::optional<Tensor> noise,
@@ -63,13 +66,15 @@ std::tuple<Tensor, Tensor> reparam_kl_fwd(const Tensor& mu, const Tensor& logvar
   Tensor kl = new_empty(mu, {mus.count}, acc_type(mu.scalar_type()));
   dispatch_dtype(mu.scalar_type(), "reparam_kl", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    std::vector<acc_t<S>> partial(mus.count * pieces(mus.size));
-    const ReparamForward<S> args{mus.row<S>(0),   logvars.row<S>(0), source.data<S>(), mus.stride, logvars.stride,
-                                 source.stride(), mus.size,          source.key,       data<S>(z), partial.data()};
-    parallel_pieces(mus.count, mus.size, [&](std::int64_t begin, std::int64_t end) {
-      FASTGEN_DISPATCH_ISA(reparam_forward, args, begin, end);
+    sum_rows(mus.count, mus.size, data<acc_t<S>>(kl), [&](acc_t<S>* partial) {
+      const bool dense = mus.dense() && logvars.dense() && source.dense();
+      const ReparamForward<S> args{mus.row<S>(0),  logvars.row<S>(0), source.data<S>(), mus.stride,
+                                   logvars.stride, source.stride(),   mus.size,         source.key,
+                                   dense,          data<S>(z),        partial};
+      parallel_pieces(mus.count, mus.size, [&](std::int64_t begin, std::int64_t end) {
+        FASTGEN_DISPATCH_ISA(reparam_forward, args, begin, end);
+      });
     });
-    sum_pieces(partial, mus.count, data<acc_t<S>>(kl));
   });
   return {z, kl};
 }
@@ -87,13 +92,13 @@ std::tuple<Tensor, Tensor, Tensor> reparam_kl_bwd(const Tensor& grad_z, const Te
   Tensor grad_noise = noise_grad ? empty_contiguous(mu) : new_empty(mu, {0}, mu.scalar_type());
   dispatch_dtype(mu.scalar_type(), "reparam_kl", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    const ReparamBackward<S> args{gzs.row<S>(0),        data<acc_t<S>>(gkl),
-                                  mus.row<S>(0),        logvars.row<S>(0),
-                                  source.data<S>(),     gzs.stride,
-                                  mus.stride,           logvars.stride,
-                                  source.stride(),      mus.size,
-                                  source.key,           data<S>(grad_mu),
-                                  data<S>(grad_logvar), noise_grad ? data<S>(grad_noise) : nullptr};
+    const bool dense = gzs.dense() && mus.dense() && logvars.dense() && source.dense();
+    const ReparamBackward<S> args{
+        gzs.row<S>(0),     data<acc_t<S>>(gkl),  mus.row<S>(0),
+        logvars.row<S>(0), source.data<S>(),     gzs.stride,
+        mus.stride,        logvars.stride,       source.stride(),
+        mus.size,          source.key,           dense,
+        data<S>(grad_mu),  data<S>(grad_logvar), noise_grad ? data<S>(grad_noise) : nullptr};
     parallel_pieces(mus.count, mus.size, [&](std::int64_t begin, std::int64_t end) {
       FASTGEN_DISPATCH_ISA(reparam_backward, args, begin, end);
     });

@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor> rq_spline_fwd(const Tensor& x, const Tensor& widths, 
       T* out = reduced ? terms.data() : data<T>(log_det) + r.first;
       FASTGEN_DISPATCH_ISA(spline_forward, inputs, r.first, r.last, data<S>(y), out, columns.data());
       if (reduced) {
-        FASTGEN_DISPATCH_ISA(sum_segments, out, r.segments, (r.last - r.first) / r.segments,
+        FASTGEN_DISPATCH_ISA(sum_segments, out, r.segments, (r.last - r.first) / r.segments, T(1),
                              partial.data() + r.segment);
       }
     });

@@ -3,6 +3,7 @@
 // its ends; phi = 1 - theta.
 
 #include "columns.h"
+#include "row_sums.h"
 
 namespace fastgen::FASTGEN_ISA_NS {
 
@@ -34,7 +35,7 @@ struct ExactSum {
 };
 
 template <class T>
-inline void add(ExactSum<T>& sum, Vec<T> term) {
+FASTGEN_INLINE void add(ExactSum<T>& sum, Vec<T> term) {
   const Vec<T> exact = term - sum.lost, next = sum.value + exact;
   sum.lost = (next - sum.value) - exact;
   sum.value = next;
@@ -51,7 +52,7 @@ struct BinSizes {
 
 // `columns` holds the raw parameters and becomes the numerators.
 template <class T, class K>
-inline BinSizes<T> softmax_sizes(T* columns, K bins, T scale, T low) {
+FASTGEN_INLINE BinSizes<T> softmax_sizes(T* columns, K bins, T scale, T low) {
   using V = Vec<T>;
   ExactSum<T> sum{V(T(0)), V(T(0))};
   V top = V::load(columns);
@@ -67,7 +68,7 @@ inline BinSizes<T> softmax_sizes(T* columns, K bins, T scale, T low) {
 }
 
 template <class T>
-inline Vec<T> bin_size(const BinSizes<T>& sizes, std::int64_t k) {
+FASTGEN_INLINE Vec<T> bin_size(const BinSizes<T>& sizes, std::int64_t k) {
   const Vec<T> e = Vec<T>::load(sizes.numerators + k * Vec<T>::width);
   return fma(e, sizes.factor, fma(e, sizes.factor_rest, Vec<T>(sizes.low)));
 }
@@ -81,11 +82,11 @@ struct SplineColumns {
 };
 
 template <bool kInverse, class T, class K>
-inline SplineBin<T> find_bin(const SplineConstants<T>& c, const SplineColumns<T, K>& p, Vec<T> v) {
+FASTGEN_INLINE SplineBin<T> find_bin(const SplineConstants<T>& c, const SplineColumns<T, K>& p, Vec<T> v) {
   using V = Vec<T>;
   const V start = V(-c.bound), end = V(c.bound), zero = V(T(0));
   ExactSum<T> x{start, zero}, y{start, zero};
-  const auto walk = [&](std::int64_t k) {
+  const auto walk = [&](std::int64_t k) FASTGEN_INLINE_LAMBDA {
     if (k == p.bins - 1) {
       x.value = y.value = end;
     } else {
@@ -119,13 +120,13 @@ inline SplineBin<T> find_bin(const SplineConstants<T>& c, const SplineColumns<T,
 // + d0 phi^2: y = y0 + h (s theta^2 + d0 theta phi) / E and dy/dx = s^2 q / E^2. Every term is positive.
 template <class T>
 struct SplinePoint {
-  Vec<T> width, height, s, d0, d1, theta, phi, product, squares, inverse_E, ratio, q, value;
+  Vec<T> width, height, inverse_width, s, d0, d1, theta, phi, product, squares, inverse_E, ratio, q, value;
 };
 
 // theta and phi where y is known. Durkan et al. solve a quadratic whose discriminant is the sum of squares below;
 // of the two equal forms of the root, each lane takes the one that adds positive numbers only.
 template <class T>
-inline void invert_bin(SplinePoint<T>& at, Vec<T> eta, Vec<T> rest) {
+FASTGEN_INLINE void invert_bin(SplinePoint<T>& at, Vec<T> eta, Vec<T> rest) {
   using V = Vec<T>;
   const V p = at.d0 * rest - at.d1 * eta;
   const V two_s = at.s + at.s;
@@ -139,20 +140,22 @@ inline void invert_bin(SplinePoint<T>& at, Vec<T> eta, Vec<T> rest) {
 }
 
 template <bool kInverse, class T>
-inline SplinePoint<T> evaluate(const SplineConstants<T>& c, const SplineBin<T>& bin, Vec<T> v) {
+FASTGEN_INLINE SplinePoint<T> evaluate(const SplineConstants<T>& c, const SplineBin<T>& bin, Vec<T> v) {
   using V = Vec<T>;
   SplinePoint<T> at;
   // Only minima far below the rounding error of a knot can make a bin empty.
   at.width = max(V(T(0.5) * c.width_low), bin.x1 - bin.x0);
   at.height = max(V(T(0.5) * c.height_low), bin.y1 - bin.y0);
-  at.s = at.height / at.width;
+  at.inverse_width = V(T(1)) / at.width;
+  at.s = at.height * at.inverse_width;
   at.d0 = V(c.min_derivative) + softplus(bin.raw0 + V(c.derivative_shift));
   at.d1 = V(c.min_derivative) + softplus(bin.raw1 + V(c.derivative_shift));
   if constexpr (kInverse) {
-    invert_bin(at, (v - bin.y0) / at.height, (bin.y1 - v) / at.height);
+    const V inverse_height = V(T(1)) / at.height;
+    invert_bin(at, (v - bin.y0) * inverse_height, (bin.y1 - v) * inverse_height);
   } else {
-    at.theta = (v - bin.x0) / at.width;
-    at.phi = (bin.x1 - v) / at.width;
+    at.theta = (v - bin.x0) * at.inverse_width;
+    at.phi = (bin.x1 - v) * at.inverse_width;
   }
   at.product = at.theta * at.phi;
   at.squares = fma(at.theta, at.theta, at.phi * at.phi);
@@ -164,14 +167,14 @@ inline SplinePoint<T> evaluate(const SplineConstants<T>& c, const SplineBin<T>& 
 }
 
 template <class T>
-inline Vec<T> log_slope(const SplinePoint<T>& at) {
+FASTGEN_INLINE Vec<T> log_slope(const SplinePoint<T>& at) {
   const Vec<T> half = log(at.s * at.inverse_E);
   return log(at.q) + (half + half);
 }
 
 template <class S, class K>
-inline SplineColumns<acc_t<S>, K> load_spline(const SplineInputs<S>& a, const SplineConstants<acc_t<S>>& c, K bins,
-                                              std::int64_t i, int n, acc_t<S>* columns) {
+FASTGEN_INLINE SplineColumns<acc_t<S>, K> load_spline(const SplineInputs<S>& a, const SplineConstants<acc_t<S>>& c,
+                                                      K bins, std::int64_t i, int n, acc_t<S>* columns) {
   using T = acc_t<S>;
   using V = Vec<T>;
   T *widths = columns, *heights = widths + bins * V::width, *derivatives = heights + bins * V::width;
@@ -183,7 +186,7 @@ inline SplineColumns<acc_t<S>, K> load_spline(const SplineInputs<S>& a, const Sp
 }
 
 template <class T>
-inline Mask<T> outside_box(const SplineConstants<T>& c, Vec<T> v) {
+FASTGEN_INLINE Mask<T> outside_box(const SplineConstants<T>& c, Vec<T> v) {
   return (v < Vec<T>(-c.bound)) | (Vec<T>(c.bound) < v);
 }
 
@@ -217,11 +220,11 @@ struct SplineBinGradients {
 // dx = (dy - f_p dp) / f', so its gradient is that of f with -gx / f' for gy and the log-determinant's sign
 // turned.
 template <bool kInverse, class T>
-inline SplineBinGradients<T> differentiate(const SplineConstants<T>& c, const SplineBin<T>& bin,
-                                           const SplinePoint<T>& at, Vec<T> gy, Vec<T> gl) {
+FASTGEN_INLINE SplineBinGradients<T> differentiate(const SplineConstants<T>& c, const SplineBin<T>& bin,
+                                                   const SplinePoint<T>& at, Vec<T> gy, Vec<T> gl) {
   using V = Vec<T>;
   const V one = V(T(1)), two = V(T(2));
-  const V inverse_width = one / at.width, inverse_s = at.width / at.height, inverse_q = one / at.q;
+  const V inverse_width = at.inverse_width, inverse_s = at.width / at.height, inverse_q = one / at.q;
   const V inverse_E = at.inverse_E, inverse_E2 = inverse_E * inverse_E;
   const V theta2 = at.theta * at.theta, phi2 = at.phi * at.phi, skew = at.phi - at.theta, sum = at.d0 + at.d1;
   const V log_theta = two * (fma(at.d1, at.theta, fma(at.s, skew, -(at.d0 * at.phi))) * inverse_q -
@@ -255,7 +258,7 @@ inline SplineBinGradients<T> differentiate(const SplineConstants<T>& c, const Sp
 // Gradient with respect to the raw sizes, in place over the numerators: a bin before the one that holds the
 // element moves its lower end (gradient `start`), that one changes its size (`size`), later ones nothing.
 template <class T, class K>
-inline void sizes_gradient(const BinSizes<T>& sizes, K bins, Vec<T> index, Vec<T> start, Vec<T> size) {
+FASTGEN_INLINE void sizes_gradient(const BinSizes<T>& sizes, K bins, Vec<T> index, Vec<T> start, Vec<T> size) {
   using V = Vec<T>;
   const auto gradient = [&](std::int64_t k) {
     return select(V(T(k)) < index, start, select(V(T(k)) == index, size, V(T(0))));
@@ -328,19 +331,6 @@ void spline_backward(const SplineInputs<S>& a, const SplineGradients<S>& out, st
   dispatch_spline(a.options, a.bins, [&](auto inverse, auto bins) {
     spline_backward_range<inverse()>(a, out, begin, end, grad_log_det, columns, bins);
   });
-}
-
-// out[j] = sum of the j-th `size` values.
-template <class T>
-void sum_segments(const T* values, std::int64_t count, std::int64_t size, T* out) {
-  using V = Vec<T>;
-  for (std::int64_t j = 0; j < count; ++j, values += size) {
-    CascadeSum<T> total;
-    std::int64_t i = 0;
-    for (; i + V::width <= size; i += V::width) total.add(V::load(values + i));
-    if (i < size) total.add(V::load_n(values + i, static_cast<int>(size - i)));
-    out[j] = total.value();
-  }
 }
 
 }  // namespace fastgen::FASTGEN_ISA_NS

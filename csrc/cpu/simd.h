@@ -48,8 +48,6 @@ struct Mask;
   inline Vec<T> max(Vec<T> a, Vec<T> b) { return _mm512_max_##S(a.v, b.v); }                                      \
   inline Vec<T> abs(Vec<T> a) { return _mm512_abs_##S(a.v); }                                                     \
   inline Vec<T> sqrt(Vec<T> a) { return _mm512_sqrt_##S(a.v); }                                                   \
-  inline Vec<T> round(Vec<T> a) { return _mm512_roundscale_##S(a.v, 8); }                                         \
-  inline Vec<T> floor(Vec<T> a) { return _mm512_roundscale_##S(a.v, 9); }                                         \
   inline Mask<T> operator<(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_LT_OQ)}; }          \
   inline Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_LE_OQ)}; }         \
   inline Mask<T> operator==(Vec<T> a, Vec<T> b) { return {_mm512_cmp_##S##_mask(a.v, b.v, _CMP_EQ_OQ)}; }         \
@@ -68,7 +66,6 @@ struct Words {
   Words(std::uint32_t s) : v(_mm512_set1_epi32(static_cast<int>(s))) {}
   static Words load(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
   void store(std::uint32_t* p) const { _mm512_storeu_si512(p, v); }
-  static Words iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   template <int N>
   Words shl() const {
     return _mm512_slli_epi32(v, N);
@@ -77,18 +74,24 @@ struct Words {
   Words shr() const {
     return _mm512_srli_epi32(v, N);
   }
+  // All ones where the top bit is set.
+  Words sign() const { return _mm512_srai_epi32(v, 31); }
 };
 inline Words operator+(Words a, Words b) { return _mm512_add_epi32(a.v, b.v); }
 inline Words operator-(Words a, Words b) { return _mm512_sub_epi32(a.v, b.v); }
 inline Words operator&(Words a, Words b) { return _mm512_and_si512(a.v, b.v); }
 inline Words operator|(Words a, Words b) { return _mm512_or_si512(a.v, b.v); }
 inline Words operator^(Words a, Words b) { return _mm512_xor_si512(a.v, b.v); }
+// a with its sign turned where the top bit of m is set.
+inline Vec<float> flip_sign(Vec<float> a, Words m) {
+  const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a.v), m.v, sign, 0x78));
+}
 inline Words bits(Vec<float> a) { return _mm512_castps_si512(a.v); }
 inline Vec<float> as_float(Words a) { return _mm512_castsi512_ps(a.v); }
-inline Words to_int(Vec<float> a) { return _mm512_cvtps_epi32(a.v); }
 inline Vec<float> int_to_float(Words a) { return _mm512_cvtepi32_ps(a.v); }
-// a * 2^n for integral n in [-252, 254], rounded once.
-inline Vec<float> scale2(Vec<float> a, Vec<float> n) { return _mm512_scalef_ps(a.v, n.v); }
+inline Vec<float> fraction(Vec<float> a) { return _mm512_getmant_ps(a.v, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src); }
+inline Vec<float> exponent(Vec<float> a) { return _mm512_getexp_ps(a.v); }
 // a where the top bit of m is set, else b.
 inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
   return _mm512_mask_blend_ps(_mm512_movepi32_mask(m.v), b.v, a.v);
@@ -192,8 +195,6 @@ inline __m256i tail_mask(double, int n) {
   inline Vec<T> max(Vec<T> a, Vec<T> b) { return _mm256_max_##S(a.v, b.v); }                                      \
   inline Vec<T> abs(Vec<T> a) { return _mm256_andnot_##S(_mm256_set1_##S(T(-0.0)), a.v); }                        \
   inline Vec<T> sqrt(Vec<T> a) { return _mm256_sqrt_##S(a.v); }                                                   \
-  inline Vec<T> round(Vec<T> a) { return _mm256_round_##S(a.v, 8); }                                              \
-  inline Vec<T> floor(Vec<T> a) { return _mm256_round_##S(a.v, 9); }                                              \
   inline Mask<T> operator<(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_LT_OQ)}; }                 \
   inline Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_LE_OQ)}; }                \
   inline Mask<T> operator==(Vec<T> a, Vec<T> b) { return {_mm256_cmp_##S(a.v, b.v, _CMP_EQ_OQ)}; }                \
@@ -211,7 +212,6 @@ struct Words {
   Words(std::uint32_t s) : v(_mm256_set1_epi32(static_cast<int>(s))) {}
   static Words load(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   void store(std::uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  static Words iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
   template <int N>
   Words shl() const {
     return _mm256_slli_epi32(v, N);
@@ -220,6 +220,8 @@ struct Words {
   Words shr() const {
     return _mm256_srli_epi32(v, N);
   }
+  // All ones where the top bit is set.
+  Words sign() const { return _mm256_srai_epi32(v, 31); }
 };
 inline Words operator+(Words a, Words b) { return _mm256_add_epi32(a.v, b.v); }
 inline Words operator-(Words a, Words b) { return _mm256_sub_epi32(a.v, b.v); }
@@ -228,7 +230,6 @@ inline Words operator|(Words a, Words b) { return _mm256_or_si256(a.v, b.v); }
 inline Words operator^(Words a, Words b) { return _mm256_xor_si256(a.v, b.v); }
 inline Words bits(Vec<float> a) { return _mm256_castps_si256(a.v); }
 inline Vec<float> as_float(Words a) { return _mm256_castsi256_ps(a.v); }
-inline Words to_int(Vec<float> a) { return _mm256_cvtps_epi32(a.v); }
 inline Vec<float> int_to_float(Words a) { return _mm256_cvtepi32_ps(a.v); }
 inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
   return _mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(m.v));
@@ -283,57 +284,103 @@ inline void store(Half* p, Vec<float> a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, 0));
 }
 
-#else  // portable: plain loops that any compiler turns into whatever the target has
+#else  // portable: pairs of 16-byte vectors of the compiler's own kind, which it maps to what the target has
 
-#define FASTGEN_EACH for (int i = 0; i < width; ++i)
+#define FASTGEN_EACH for (int i = 0; i < 2; ++i)
+
+template <class T>
+struct Part {
+  typedef T type __attribute__((vector_size(16)));
+};
+template <class T>
+using part_t = typename Part<T>::type;
+template <class T>
+using lane_mask_t = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
 
 template <class T>
 struct Mask {
+  using Int = lane_mask_t<T>;
   static constexpr int width = 32 / sizeof(T);
-  bool m[width];
-  static Mask first(int n) {
+  part_t<Int> m[2];
+  static FASTGEN_INLINE Mask first(int n) {
+    Int lanes[width];
+    for (int i = 0; i < width; ++i) lanes[i] = i < n ? -1 : 0;
     Mask r;
-    FASTGEN_EACH r.m[i] = i < n;
+    std::memcpy(r.m, lanes, sizeof(lanes));
     return r;
   }
-  friend Mask operator&(Mask a, Mask b) {
-    FASTGEN_EACH a.m[i] = a.m[i] && b.m[i];
+  friend FASTGEN_INLINE Mask operator&(Mask a, Mask b) {
+    FASTGEN_EACH a.m[i] &= b.m[i];
     return a;
   }
-  friend Mask operator|(Mask a, Mask b) {
-    FASTGEN_EACH a.m[i] = a.m[i] || b.m[i];
+  friend FASTGEN_INLINE Mask operator|(Mask a, Mask b) {
+    FASTGEN_EACH a.m[i] |= b.m[i];
     return a;
   }
-  friend Mask operator~(Mask a) {
-    FASTGEN_EACH a.m[i] = !a.m[i];
+  friend FASTGEN_INLINE Mask operator~(Mask a) {
+    FASTGEN_EACH a.m[i] = ~a.m[i];
     return a;
   }
-  bool any() const { return bits() != 0; }
+  bool any() const {
+    const part_t<Int> either = m[0] | m[1];
+    std::uint64_t words[2];
+    std::memcpy(words, &either, sizeof(words));
+    return (words[0] | words[1]) != 0;
+  }
   unsigned bits() const {
+    Int lanes[width];
+    std::memcpy(lanes, m, sizeof(lanes));
     unsigned r = 0;
-    FASTGEN_EACH r |= static_cast<unsigned>(m[i]) << i;
+    for (int i = 0; i < width; ++i) r |= static_cast<unsigned>(lanes[i] & 1) << i;
     return r;
   }
 };
 
+// a < b ? a : b and a > b ? a : b. gcc does not find the instructions for them in the conditional expression.
+#if defined(__x86_64__)
+FASTGEN_INLINE part_t<float> least_of(part_t<float> a, part_t<float> b) { return _mm_min_ps(a, b); }
+FASTGEN_INLINE part_t<float> greatest_of(part_t<float> a, part_t<float> b) { return _mm_max_ps(a, b); }
+FASTGEN_INLINE part_t<double> least_of(part_t<double> a, part_t<double> b) { return _mm_min_pd(a, b); }
+FASTGEN_INLINE part_t<double> greatest_of(part_t<double> a, part_t<double> b) { return _mm_max_pd(a, b); }
+#else
+template <class P>
+FASTGEN_INLINE P least_of(P a, P b) {
+  return a < b ? a : b;
+}
+template <class P>
+FASTGEN_INLINE P greatest_of(P a, P b) {
+  return a > b ? a : b;
+}
+#endif
+
 template <class T>
 struct Vec {
+  using P = part_t<T>;
+  using I = part_t<lane_mask_t<T> >;
   static constexpr int width = 32 / sizeof(T);
-  T v[width];
+  P v[2];
   Vec() = default;
-  Vec(T s) { FASTGEN_EACH v[i] = s; }
-  static Vec load(const T* p) { return load_n(p, width); }
-  static Vec load_n(const T* p, int n) {
+  FASTGEN_INLINE Vec(T s) {
+    if constexpr (sizeof(T) == 4) {
+      v[0] = v[1] = P{s, s, s, s};
+    } else {
+      v[0] = v[1] = P{s, s};
+    }
+  }
+  static FASTGEN_INLINE Vec load(const T* p) {
     Vec r;
-    FASTGEN_EACH r.v[i] = i < n ? p[i] : T(0);
+    std::memcpy(r.v, p, sizeof(r.v));
     return r;
   }
-  void store(T* p) const { FASTGEN_EACH p[i] = v[i]; }
-  void store_n(T* p, int n) const {
-    for (int i = 0; i < n; ++i) p[i] = v[i];
+  static FASTGEN_INLINE Vec load_n(const T* p, int n) {
+    Vec r(T(0));
+    std::memcpy(r.v, p, static_cast<std::size_t>(n) * sizeof(T));
+    return r;
   }
+  FASTGEN_INLINE void store(T* p) const { std::memcpy(p, v, sizeof(v)); }
+  FASTGEN_INLINE void store_n(T* p, int n) const { std::memcpy(p, v, static_cast<std::size_t>(n) * sizeof(T)); }
 #define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                        \
-  friend Vec NAME(Vec a, Vec b) {                                                                                 \
+  friend FASTGEN_INLINE Vec NAME(Vec a, Vec b) {                                                                  \
     FASTGEN_EACH a.v[i] = EXPRESSION;                                                                             \
     return a;                                                                                                     \
   }
@@ -341,57 +388,57 @@ struct Vec {
   FASTGEN_LANEWISE(operator-, a.v[i] - b.v[i])
   FASTGEN_LANEWISE(operator*, a.v[i] * b.v[i])
   FASTGEN_LANEWISE(operator/, a.v[i] / b.v[i])
-  FASTGEN_LANEWISE(min, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
-  FASTGEN_LANEWISE(max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+  FASTGEN_LANEWISE(min, least_of(a.v[i], b.v[i]))
+  FASTGEN_LANEWISE(max, greatest_of(a.v[i], b.v[i]))
 #undef FASTGEN_LANEWISE
-#define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                        \
-  friend Vec NAME(Vec a) {                                                                                        \
-    FASTGEN_EACH a.v[i] = EXPRESSION;                                                                             \
-    return a;                                                                                                     \
+  friend FASTGEN_INLINE Vec operator-(Vec a) {
+    FASTGEN_EACH a.v[i] = -a.v[i];
+    return a;
   }
-  FASTGEN_LANEWISE(operator-, -a.v[i])
-  FASTGEN_LANEWISE(abs, std::fabs(a.v[i]))
-  FASTGEN_LANEWISE(sqrt, std::sqrt(a.v[i]))
-  FASTGEN_LANEWISE(round, std::nearbyint(a.v[i]))
-  FASTGEN_LANEWISE(floor, std::floor(a.v[i]))
-#undef FASTGEN_LANEWISE
+  friend FASTGEN_INLINE Vec abs(Vec a) {
+    FASTGEN_EACH a.v[i] =
+        reinterpret_cast<P>(reinterpret_cast<I>(a.v[i]) & ~reinterpret_cast<I>(Vec(T(-0.0)).v[i]));
+    return a;
+  }
+  friend FASTGEN_INLINE Vec sqrt(Vec a) {
+    for (int i = 0; i < width; ++i)
+      a.v[i * 2 / width][i % (width / 2)] = std::sqrt(a.v[i * 2 / width][i % (width / 2)]);
+    return a;
+  }
 #define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                        \
-  friend Mask<T> NAME(Vec a, Vec b) {                                                                             \
+  friend FASTGEN_INLINE Mask<T> NAME(Vec a, Vec b) {                                                              \
     Mask<T> r;                                                                                                    \
-    FASTGEN_EACH r.m[i] = EXPRESSION;                                                                             \
+    FASTGEN_EACH r.m[i] = reinterpret_cast<I>(EXPRESSION);                                                        \
     return r;                                                                                                     \
   }
   FASTGEN_LANEWISE(operator<, a.v[i] < b.v[i])
   FASTGEN_LANEWISE(operator<=, a.v[i] <= b.v[i])
   FASTGEN_LANEWISE(operator==, a.v[i] == b.v[i])
 #undef FASTGEN_LANEWISE
-  friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-  friend Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
-  friend Mask<T> is_nan(Vec a) { return ~(a == a); }
-  friend Vec select(Mask<T> m, Vec a, Vec b) {
-    FASTGEN_EACH a.v[i] = m.m[i] ? a.v[i] : b.v[i];
+  friend FASTGEN_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  friend FASTGEN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
+  friend FASTGEN_INLINE Mask<T> is_nan(Vec a) { return ~(a == a); }
+  friend FASTGEN_INLINE Vec select(Mask<T> m, Vec a, Vec b) {
+    FASTGEN_EACH a.v[i] =
+        reinterpret_cast<P>((m.m[i] & reinterpret_cast<I>(a.v[i])) | (~m.m[i] & reinterpret_cast<I>(b.v[i])));
     return a;
   }
 };
 
 struct Words {
+  using P = part_t<std::uint32_t>;
   static constexpr int width = Vec<float>::width;
-  std::uint32_t v[width];
+  P v[2];
   Words() = default;
-  Words(std::uint32_t s) { FASTGEN_EACH v[i] = s; }
-  static Words load(const std::uint32_t* p) {
+  FASTGEN_INLINE Words(std::uint32_t s) { v[0] = v[1] = P{s, s, s, s}; }
+  static FASTGEN_INLINE Words load(const std::uint32_t* p) {
     Words r;
-    FASTGEN_EACH r.v[i] = p[i];
+    std::memcpy(r.v, p, sizeof(r.v));
     return r;
   }
-  void store(std::uint32_t* p) const { FASTGEN_EACH p[i] = v[i]; }
-  static Words iota() {
-    Words r;
-    FASTGEN_EACH r.v[i] = static_cast<std::uint32_t>(i);
-    return r;
-  }
+  FASTGEN_INLINE void store(std::uint32_t* p) const { std::memcpy(p, v, sizeof(v)); }
 #define FASTGEN_LANEWISE(OPERATOR)                                                                                \
-  friend Words operator OPERATOR(Words a, Words b) {                                                              \
+  friend FASTGEN_INLINE Words operator OPERATOR(Words a, Words b) {                                               \
     FASTGEN_EACH a.v[i] = a.v[i] OPERATOR b.v[i];                                                                 \
     return a;                                                                                                     \
   }
@@ -402,124 +449,154 @@ struct Words {
   FASTGEN_LANEWISE(^)
 #undef FASTGEN_LANEWISE
   template <int N>
-  Words shl() const {
+  FASTGEN_INLINE Words shl() const {
     Words r;
     FASTGEN_EACH r.v[i] = v[i] << N;
     return r;
   }
   template <int N>
-  Words shr() const {
+  FASTGEN_INLINE Words shr() const {
     Words r;
     FASTGEN_EACH r.v[i] = v[i] >> N;
     return r;
   }
-};
-inline Words bits(Vec<float> a) {
-  Words r;
-  std::memcpy(&r, &a, sizeof(r));
-  return r;
-}
-inline Vec<float> as_float(Words a) {
-  Vec<float> r;
-  std::memcpy(&r, &a, sizeof(r));
-  return r;
-}
-inline Words to_int(Vec<float> a) {
-  Words r;
-  for (int i = 0; i < Words::width; ++i) {
-    // Out of range saturates like the x86 instruction; a plain cast would be undefined.
-    const float x = std::nearbyint(a.v[i]);
-    r.v[i] = x >= -2147483648.0f && x < 2147483648.0f ? static_cast<std::uint32_t>(static_cast<std::int32_t>(x))
-                                                      : 0x80000000u;
+  FASTGEN_INLINE Words sign() const {
+    Words r;
+    FASTGEN_EACH r.v[i] = reinterpret_cast<P>(reinterpret_cast<part_t<std::int32_t> >(v[i]) >> 31);
+    return r;
   }
+};
+FASTGEN_INLINE Words bits(Vec<float> a) {
+  Words r;
+  FASTGEN_EACH r.v[i] = reinterpret_cast<Words::P>(a.v[i]);
   return r;
 }
-inline Vec<float> int_to_float(Words a) {
+FASTGEN_INLINE Vec<float> as_float(Words a) {
   Vec<float> r;
-  for (int i = 0; i < Words::width; ++i) r.v[i] = static_cast<float>(static_cast<std::int32_t>(a.v[i]));
+  FASTGEN_EACH r.v[i] = reinterpret_cast<part_t<float> >(a.v[i]);
   return r;
 }
-inline Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
-  for (int i = 0; i < Words::width; ++i) a.v[i] = m.v[i] >> 31 ? a.v[i] : b.v[i];
-  return a;
+FASTGEN_INLINE Vec<float> int_to_float(Words a) {
+  Vec<float> r;
+  FASTGEN_EACH r.v[i] = __builtin_convertvector(reinterpret_cast<part_t<std::int32_t> >(a.v[i]), part_t<float>);
+  return r;
+}
+FASTGEN_INLINE Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
+  Mask<float> negative;
+  FASTGEN_EACH negative.m[i] = reinterpret_cast<part_t<std::int32_t> >(m.sign().v[i]);
+  return select(negative, a, b);
 }
 
 struct WideWords {
+  using P = part_t<std::uint64_t>;
   static constexpr int width = Words::width / 2;
-  std::uint64_t v[width];
+  P v[2];
   WideWords() = default;
-  WideWords(std::uint64_t s) { FASTGEN_EACH v[i] = s; }
-  static WideWords load(const std::uint64_t* p) {
+  FASTGEN_INLINE WideWords(std::uint64_t s) { v[0] = v[1] = P{s, s}; }
+  static FASTGEN_INLINE WideWords load(const std::uint64_t* p) {
     WideWords r;
-    FASTGEN_EACH r.v[i] = p[i];
+    std::memcpy(r.v, p, sizeof(r.v));
     return r;
   }
-  WideWords high() const {
+  FASTGEN_INLINE WideWords high() const {
     WideWords r;
     FASTGEN_EACH r.v[i] = v[i] >> 32;
     return r;
   }
-  friend WideWords operator+(WideWords a, WideWords b) {
+  friend FASTGEN_INLINE WideWords operator+(WideWords a, WideWords b) {
     FASTGEN_EACH a.v[i] += b.v[i];
     return a;
   }
-  friend WideWords xor3(WideWords a, WideWords b, WideWords c) {
+  friend FASTGEN_INLINE WideWords xor3(WideWords a, WideWords b, WideWords c) {
     FASTGEN_EACH a.v[i] ^= b.v[i] ^ c.v[i];
     return a;
   }
-  friend WideWords mul_low(WideWords a, WideWords b) {
+  friend FASTGEN_INLINE WideWords mul_low(WideWords a, WideWords b) {
+#if defined(__x86_64__)
+    FASTGEN_EACH a.v[i] =
+        reinterpret_cast<P>(_mm_mul_epu32(reinterpret_cast<__m128i>(a.v[i]), reinterpret_cast<__m128i>(b.v[i])));
+#else
     FASTGEN_EACH a.v[i] = (a.v[i] & 0xffffffffu) * (b.v[i] & 0xffffffffu);
+#endif
     return a;
   }
-  friend Words interleave_low(WideWords even, WideWords odd) {
+  friend FASTGEN_INLINE Words interleave_low(WideWords even, WideWords odd) {
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half of a 64-bit lane must come first");
     Words r;
-    FASTGEN_EACH {
-      r.v[2 * i] = static_cast<std::uint32_t>(even.v[i]);
-      r.v[2 * i + 1] = static_cast<std::uint32_t>(odd.v[i]);
-    }
+    FASTGEN_EACH r.v[i] = reinterpret_cast<Words::P>((even.v[i] & 0xffffffffu) | (odd.v[i] << 32));
     return r;
   }
 };
-inline void transpose4(Words (&w)[4]) {
-  for (int block = 0; block < Words::width; block += 4) {
-    for (int i = 0; i < 4; ++i) {
-      for (int j = 0; j < i; ++j) std::swap(w[i].v[block + j], w[j].v[block + i]);
-    }
+#if defined(__x86_64__)
+FASTGEN_INLINE void transpose4(Words (&w)[4]) {
+  FASTGEN_EACH {
+    __m128 row[4];
+    for (int j = 0; j < 4; ++j) row[j] = reinterpret_cast<__m128>(w[j].v[i]);
+    _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+    for (int j = 0; j < 4; ++j) w[j].v[i] = reinterpret_cast<Words::P>(row[j]);
   }
 }
-inline Vec<double> low_half(Vec<float> a) {
-  Vec<double> r;
-  for (int i = 0; i < Vec<double>::width; ++i) r.v[i] = a.v[i];
-  return r;
+#else
+FASTGEN_INLINE void transpose4(Words (&w)[4]) {
+  std::uint32_t lanes[4][Words::width];
+  for (int j = 0; j < 4; ++j) w[j].store(lanes[j]);
+  for (int block = 0; block < Words::width; block += 4) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < i; ++j) std::swap(lanes[i][block + j], lanes[j][block + i]);
+    }
+  }
+  for (int j = 0; j < 4; ++j) w[j] = Words::load(lanes[j]);
 }
-inline Vec<double> high_half(Vec<float> a) {
-  Vec<double> r;
-  for (int i = 0; i < Vec<double>::width; ++i) r.v[i] = a.v[i + Vec<double>::width];
-  return r;
+#endif
+FASTGEN_INLINE Vec<double> low_half(Vec<float> a) {
+  double lanes[4];
+  for (int i = 0; i < 4; ++i) lanes[i] = static_cast<double>(a.v[0][i]);
+  return Vec<double>::load(lanes);
+}
+FASTGEN_INLINE Vec<double> high_half(Vec<float> a) {
+  double lanes[4];
+  for (int i = 0; i < 4; ++i) lanes[i] = static_cast<double>(a.v[1][i]);
+  return Vec<double>::load(lanes);
 }
 
 template <class H>
-inline Vec<float> load(const H* p) {
-  Vec<float> r;
-  for (int i = 0; i < Vec<float>::width; ++i) r.v[i] = static_cast<float>(p[i]);
-  return r;
+FASTGEN_INLINE Vec<float> load(const H* p) {
+  float lanes[Vec<float>::width];
+  for (int i = 0; i < Vec<float>::width; ++i) lanes[i] = static_cast<float>(p[i]);
+  return Vec<float>::load(lanes);
 }
 template <class H>
-inline void store(H* p, Vec<float> a) {
-  for (int i = 0; i < Vec<float>::width; ++i) p[i] = static_cast<H>(a.v[i]);
+FASTGEN_INLINE void store(H* p, Vec<float> a) {
+  float lanes[Vec<float>::width];
+  a.store(lanes);
+  for (int i = 0; i < Vec<float>::width; ++i) p[i] = static_cast<H>(lanes[i]);
 }
 
 #undef FASTGEN_EACH
 
 #endif
 
-#if !defined(FASTGEN_SIMD_AVX512)
-inline Vec<float> scale2(Vec<float> a, Vec<float> n) {
+// Rounding to integers: n = (x + kRoundingShift) - kRoundingShift for |x| <= 2^21. The lowest bits of the sum hold
+// n + 254, ready to become two biased exponents.
+constexpr float kRoundingShift = 0x1.8p23f + 254.0f;
+
+// a * 2^n, rounded once, for n in [-252, 254]; `shifted` is n + kRoundingShift.
+#if defined(FASTGEN_SIMD_AVX512)
+FASTGEN_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n, Vec<float>) { return _mm512_scalef_ps(a.v, n.v); }
+#else
+FASTGEN_INLINE Vec<float> scale2(Vec<float> a, Vec<float>, Vec<float> shifted) {
   // Two factors reach the subnormals and infinity without leaving the range of one.
-  const Vec<float> half = floor(n * Vec<float>(0.5f));
-  const auto factor = [](Vec<float> k) { return as_float((to_int(k) + Words(127u)).shl<23>()); };
-  return a * factor(half) * factor(n - half);
+  const Words exponents = bits(shifted), half = exponents.shr<1>();
+  return a * as_float(half.shl<23>()) * as_float((exponents - half).shl<23>());
 }
+
+inline Vec<float> flip_sign(Vec<float> a, Words m) { return as_float(bits(a) ^ (m & Words(0x80000000u))); }
+
+// The fraction in [1/2, 1) of a positive normal number, and its exponent: a = fraction * 2^(exponent + 1).
+FASTGEN_INLINE Vec<float> fraction(Vec<float> a) {
+  return as_float((bits(a) & Words(0x007fffffu)) | Words(0x3f000000u));
+}
+FASTGEN_INLINE Vec<float> exponent(Vec<float> a) { return int_to_float(bits(a).shr<23>()) - Vec<float>(127.0f); }
 #endif
 
 inline Vec<float> load(const float* p) { return Vec<float>::load(p); }
@@ -579,6 +656,37 @@ template <class T>
 inline T sum(Vec<T> a) {
   return reduce(a, [](T x, T y) { return x + y; });
 }
+#if defined(FASTGEN_SIMD_AVX512) || defined(FASTGEN_SIMD_AVX2)
+// The same tree in registers.
+inline float sum8(__m256 a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline double sum4(__m256d a) {
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+#endif
+#if defined(FASTGEN_SIMD_AVX512)
+template <>
+inline float sum(Vec<float> a) {
+  return sum8(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
+}
+template <>
+inline double sum(Vec<double> a) {
+  return sum4(_mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1)));
+}
+#elif defined(FASTGEN_SIMD_AVX2)
+template <>
+inline float sum(Vec<float> a) {
+  return sum8(a.v);
+}
+template <>
+inline double sum(Vec<double> a) {
+  return sum4(a.v);
+}
+#endif
 
 // The smallest lane. Which of 0 and -0 counts as smaller is left open.
 template <class T>

@@ -16,7 +16,6 @@ inline bool evaluate(const char* name, const float* x, float* y, std::int64_t n)
   if (is("exp")) return apply(x, y, n, [](V a) { return exp(a); });
   if (is("expm1")) return apply(x, y, n, [](V a) { return exp_excess(a).expm1; });
   if (is("log")) return apply(x, y, n, [](V a) { return log(a); });
-  if (is("log1p")) return apply(x, y, n, [](V a) { return log1p(a); });
   if (is("tanh")) return apply(x, y, n, [](V a) { return tanh(a); });
   if (is("arctan")) return apply(x, y, n, [](V a) { return atan(a); });
   if (is("sigmoid")) return apply(x, y, n, [](V a) { return sigmoid(a); });

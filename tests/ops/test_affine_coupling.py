@@ -126,3 +126,25 @@ def test_raw_operator_checks_sizes(wrong):
     tensors[wrong] = torch.zeros(3, 3)
     with pytest.raises(RuntimeError, match=f"affine_coupling: {wrong} has the wrong"):
         torch.ops.fastgen.affine_coupling_fwd(*tensors.values(), "tanh", False, 1.0)
+
+
+@pytest.mark.parametrize("name", ("portable", "avx2", "avx512"))
+@pytest.mark.parametrize("scale", SCALES)
+def test_rows_of_every_length_in_every_layout(name, scale, isa):
+    """Rows shorter than a vector share vectors where they follow each other in memory."""
+    if not isa(name):
+        pytest.skip(f"this machine has no {name}")
+    for size in (1, 2, 15, 16, 17, 63, 64, 65, 4097):
+        apart = torch.randn(77, 4 * size)
+        x, raw, shift, grad_y = apart.chunk(4, 1)
+        grad_log_det = torch.randn(77)
+        for inverse in (False, True):
+            outcomes = []
+            for convert in (lambda t: t, lambda t: t.contiguous(), lambda t: t.double()):
+                inputs = [convert(t).detach().requires_grad_() for t in (x, raw, shift)]
+                results = ops.affine_coupling(*inputs, scale=scale, inverse=inverse)
+                grads = (convert(grad_y), grad_log_det.to(results[1].dtype))
+                outcomes.append((*results, *torch.autograd.grad(results, inputs, grads)))
+            for strided, dense, exact in zip(*outcomes, strict=True):
+                assert torch.equal(strided, dense), size
+                torch.testing.assert_close(dense.double(), exact, rtol=1e-5, atol=1e-4)

@@ -37,6 +37,31 @@ def test_z_is_the_same_on_avx2_and_avx512(isa):
     assert all(torch.equal(results[0], z) for z in results[1:])
 
 
+@pytest.mark.parametrize("name", ("portable", "avx2", "avx512"))
+def test_rows_of_every_length_in_every_layout(name, isa):
+    """Rows shorter than a vector share vectors where they follow each other in memory."""
+    if not isa(name):
+        pytest.skip(f"this machine has no {name}")
+    key = random.make_key(3)
+    for size in (1, 2, 15, 16, 17, 63, 64, 65, 4097):
+        mu, logvar, grad_z = torch.randn(77, 3 * size).chunk(3, 1)
+        grad_kl = torch.randn(77)
+        noise = ops.normal(key, (77, size))
+        outcomes = []
+        for convert, given in (
+            (lambda t: t, (None, key)),
+            (lambda t: t.contiguous(), (None, key)),
+            (lambda t: t.double(), (noise.double(), None)),
+        ):
+            inputs = [convert(t).detach().requires_grad_() for t in (mu, logvar)]
+            results = ops.reparam_kl(*inputs, given[0], key=given[1])
+            grads = (convert(grad_z), grad_kl.to(results[1].dtype))
+            outcomes.append((*results, *torch.autograd.grad(results, inputs, grads)))
+        for strided, dense, exact in zip(*outcomes, strict=True):
+            assert torch.equal(strided, dense), size
+            torch.testing.assert_close(dense.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_half_uses_float32_noise(dtype):
     mu, logvar = torch.randn(9, 13).to(dtype), torch.randn(9, 13).to(dtype)
