@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -31,6 +32,7 @@
 
 // For functions in the innermost loops, which gcc would otherwise call where a loop has a tail.
 #define FASTGEN_INLINE inline __attribute__((always_inline))
+#define FASTGEN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastgen {
 

@@ -553,6 +553,11 @@ inline auto load_lanes(const S* p, int n) {
   return n == V::width ? load(p) : load_n(p, n);
 }
 
+template <class S, class T>
+inline void store_lanes(S* p, Vec<T> a, int n) {
+  n == Vec<T>::width ? store(p, a) : store_n(p, a, n);
+}
+
 // store(out + i, f(load(in + i)...)) for n elements of each pointer.
 template <class S, class F, class... In>
 inline void transform(std::int64_t n, S* out, F f, const In*... in) {
@@ -579,6 +584,19 @@ template <class T>
 inline T sum(Vec<T> a) {
   return reduce(a, [](T x, T y) { return x + y; });
 }
+// The same tree in registers.
+#if defined(FASTGEN_SIMD_AVX512)
+template <>
+inline double sum(Vec<double> a) {
+  return _mm512_reduce_add_pd(a.v);
+}
+#elif defined(FASTGEN_SIMD_AVX2)
+template <>
+inline double sum(Vec<double> a) {
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+#endif
 
 // The smallest lane. Which of 0 and -0 counts as smaller is left open.
 template <class T>
@@ -618,68 +636,6 @@ struct CascadeSum {
   }
   T value() const { return sum(total + run); }
 };
-
-// The lanes of a Vec<T> as doubles, for sums that must not lose what T loses.
-template <class T>
-struct Wide {
-  static constexpr int parts = sizeof(double) / sizeof(T);
-  Vec<double> part[parts];
-  Wide() : Wide(0.0) {}
-  explicit Wide(double s) {
-    for (int i = 0; i < parts; ++i) part[i] = Vec<double>(s);
-  }
-};
-inline Wide<double> widen(Vec<double> a) {
-  Wide<double> r;
-  r.part[0] = a;
-  return r;
-}
-inline Wide<float> widen(Vec<float> a) {
-  Wide<float> r;
-  r.part[0] = low_half(a);
-  r.part[1] = high_half(a);
-  return r;
-}
-template <class T>
-inline Wide<T> operator+(Wide<T> a, Wide<T> b) {
-  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] + b.part[i];
-  return a;
-}
-template <class T>
-inline Wide<T> operator-(Wide<T> a, Wide<T> b) {
-  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] - b.part[i];
-  return a;
-}
-template <class T>
-inline Wide<T> fma(Wide<T> a, Wide<T> b, Wide<T> c) {
-  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = fma(a.part[i], b.part[i], c.part[i]);
-  return a;
-}
-template <class T>
-inline double sum(Wide<T> a) {
-  for (int i = 1; i < Wide<T>::parts; ++i) a.part[0] = a.part[0] + a.part[i];
-  return sum(a.part[0]);
-}
-template <class T>
-inline Wide<T> load_wide(const double* p, int n) {
-  Wide<T> r;
-  for (int i = 0; i < Wide<T>::parts; ++i) {
-    const int first = i * Vec<double>::width, rest = n - first;
-    if (rest > 0) r.part[i] = load_lanes(p + first, rest < Vec<double>::width ? rest : Vec<double>::width);
-  }
-  return r;
-}
-template <class T>
-inline void store_n(double* p, Wide<T> a, int n) {
-  for (int i = 0; i < Wide<T>::parts; ++i) {
-    const int first = i * Vec<double>::width, rest = n - first;
-    if (rest >= Vec<double>::width) {
-      a.part[i].store(p + first);
-    } else if (rest > 0) {
-      a.part[i].store_n(p + first, rest);
-    }
-  }
-}
 
 // Applies a scalar function lane by lane: for double, where no vector version is worth its size.
 template <class T, class F>

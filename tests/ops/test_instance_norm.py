@@ -336,7 +336,11 @@ def test_raw_operators_check_what_they_read():
     raw = torch.ops.fastgen
     x, stats = torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="scale"):
-        raw.instance_norm_fwd(x, torch.ones(3), None, 1e-5)
+        raw.instance_norm_fwd(x, torch.ones(4), None, 1e-5)
+    with pytest.raises(RuntimeError, match="shift"):
+        raw.instance_norm_fwd(x, None, torch.ones(3, 2), 1e-5)
+    with pytest.raises(RuntimeError, match="scale"):
+        raw.instance_norm_bwd(x, x, stats, stats, torch.ones(3, dtype=torch.float64), 1e-5)
     with pytest.raises(RuntimeError, match="expected"):
         raw.instance_norm_fwd(torch.ones(2, 3), None, None, 1e-5)
     with pytest.raises(RuntimeError, match="expected float32"):
