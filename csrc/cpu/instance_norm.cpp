@@ -105,11 +105,10 @@ void run(const Planes& planes, const Norm& args, bool uniform) {
     // Whole vectors of planes for each thread, whatever the width.
     constexpr std::int64_t kGroup = 16;
     const std::int64_t grain = std::max<std::int64_t>(1, kPlanePiece / (kGroup * planes.size));
-    torch::stable::parallel_for(0, (planes.jobs + kGroup - 1) / kGroup, grain,
-                                [&](std::int64_t first, std::int64_t last) {
-                                  FASTGEN_DISPATCH_ISA(norm_small, args, first * kGroup,
-                                                       std::min(planes.jobs, last * kGroup));
-                                });
+    torch::stable::parallel_for(
+        0, (planes.jobs + kGroup - 1) / kGroup, grain, [&](std::int64_t first, std::int64_t last) {
+          FASTGEN_DISPATCH_ISA(norm_small, args, first * kGroup, std::min(planes.jobs, last * kGroup));
+        });
     return;
   }
   reduce_then_apply(

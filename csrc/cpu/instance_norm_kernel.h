@@ -211,7 +211,9 @@ void norm_jobs(const Norm& a, std::int64_t first, std::int64_t last) {
     const std::int64_t end = std::min(last, begin + block);
     for (std::int64_t job = begin; job < end; ++job) norm_sums(a, job, 0, a.pieces);
     norm_finish(a, begin, end);
-    for (std::int64_t job = begin; job < end; ++job) norm_apply(a, job, 0, a.pieces);
+    for (std::int64_t job = end; job-- > begin;) {
+      for (std::int64_t p = a.pieces; p-- > 0;) norm_apply(a, job, p, p + 1);
+    }
   }
 }
 
@@ -254,8 +256,8 @@ inline void norm_small_planes(const NormBackward<S>& a, std::int64_t plane, int 
   store_doubles(a.sum + plane, sums.total, lanes);
   store_doubles(a.product + plane, map.grad_scale, lanes);
   for (std::int64_t j = 0; j < a.size * kWidth; j += kWidth) {
-    store(gy + j, backward_map(load(gy + j), load(x + j), map.grad_centre, map.gain, map.centre, map.slope,
-                               map.offset));
+    store(gy + j,
+          backward_map(load(gy + j), load(x + j), map.grad_centre, map.gain, map.centre, map.slope, map.offset));
   }
   store_columns(a.grad_x(plane), a.size, a.size, lanes, gy);
 }

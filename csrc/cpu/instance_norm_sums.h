@@ -101,9 +101,9 @@ FASTGEN_INLINE void for_columns(std::int64_t channels, F f) {
   }
 }
 
-// Totals and products (channels,) of what term(element, lanes, origin, sums) adds for each row; origin(c, lanes) is
-// asked once for the channels from c. Rows are taken in blocks that stay in the first-level cache from one group
-// of columns to the next.
+// Totals and products (channels,) of what term(element, lanes, origin, sums) adds for each row; origin(c, lanes)
+// is asked once for the channels from c. Rows are taken in blocks that stay in the first-level cache from one
+// group of columns to the next.
 template <class T, class Origin, class Term>
 FASTGEN_INLINE void sum_rows(std::int64_t rows, std::int64_t channels, double* total, double* product,
                              Origin origin, Term term) {
@@ -161,9 +161,8 @@ inline void channel_products(const S* gy, const S* x, std::int64_t rows, std::in
   sum_rows<T>(
       rows, channels, total, product,
       [&](std::int64_t c, int lanes) FASTGEN_INLINE_LAMBDA { return load_doubles<T>(mean + c, lanes); },
-      [&](std::int64_t i, int lanes, W origin, ProductSums<T>& sums) FASTGEN_INLINE_LAMBDA {
-        sums.add(load_wide(gy + i, lanes), load_wide(x + i, lanes) - origin);
-      });
+      [&](std::int64_t i, int lanes, W origin, ProductSums<T>& sums)
+          FASTGEN_INLINE_LAMBDA { sums.add(load_wide(gy + i, lanes), load_wide(x + i, lanes) - origin); });
 }
 
 }  // namespace fastgen::FASTGEN_ISA_NS

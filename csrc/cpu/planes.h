@@ -89,9 +89,9 @@ struct Planes {
 };
 
 // Over all jobs: reduce(job, first, last) over the pieces of each, then finish(first_job, last_job), then
-// apply(job, first, last). In parallel over jobs, where whole(first_job, last_job) does it all; or over pieces, where
-// jobs are too few to keep all threads busy or, with interleaved planes, so large that each thread by itself would
-// push out of the shared cache what it has reduced before it applies.
+// apply(job, first, last). In parallel over jobs, where whole(first_job, last_job) does it all; or over pieces,
+// where jobs are too few to keep all threads busy or, with interleaved planes, so large that each thread by itself
+// would push out of the shared cache what it has reduced before it applies.
 template <class Whole, class Reduce, class Finish, class Apply>
 void reduce_then_apply(const Planes& planes, Whole&& whole, Reduce&& reduce, Finish&& finish, Apply&& apply) {
   using torch::stable::parallel_for;
@@ -104,14 +104,15 @@ void reduce_then_apply(const Planes& planes, Whole&& whole, Reduce&& reduce, Fin
   const std::int64_t group = std::max<std::int64_t>(1, kSharedElements / job_size);
   for (std::int64_t first = 0; first < jobs; first += group) {
     const std::int64_t last = std::min(jobs, first + group);
-    const auto each_piece = [&](auto&& f) {
-      parallel_for(first * pieces, last * pieces, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) f(i / pieces, i % pieces, i % pieces + 1);
-      });
-    };
-    each_piece(reduce);
+    const auto over_pieces = [&](auto&& f) { parallel_for(first * pieces, last * pieces, 1, f); };
+    over_pieces([&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) reduce(i / pieces, i % pieces, i % pieces + 1);
+    });
     finish(first, last);
-    each_piece(apply);
+    // Backwards: what was reduced last is still in the thread's own cache.
+    over_pieces([&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = end; i-- > begin;) apply(i / pieces, i % pieces, i % pieces + 1);
+    });
   }
 }
 

@@ -75,16 +75,16 @@ def _register_vmap(name: str) -> None:
         sizes = list(args[0].shape)
         if in_dims[0] is not None:
             del sizes[in_dims[0]]
-        args, in_dims, per_channel = list(args), list(in_dims), False
+        values, dims, per_channel = list(args), list(in_dims), False
         for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
-            if isinstance(arg, Tensor) and arg.dim() == (1 if dim is None else 2):
-                per_channel = True
-                if dim is None:
-                    args[i] = arg.expand(sizes[:2])
-                else:
-                    args[i] = arg.movedim(dim, 0)[:, None].expand(-1, *sizes[:2])
-                    in_dims[i] = 0
-        out, out_dims = _library.fold_vmap(name, info, tuple(in_dims), *args)
+            if not isinstance(arg, Tensor) or arg.dim() - (dim is not None) != 1:
+                continue
+            per_channel = True
+            if dim is None:
+                values[i] = arg.expand(sizes[:2])
+            else:
+                values[i], dims[i] = arg.movedim(dim, 0)[:, None].expand(-1, *sizes[:2]), 0
+        out, out_dims = _library.fold_vmap(name, info, tuple(dims), *values)
         if per_channel and name == "instance_norm_bwd":
             out = (out[0], out[1].sum(1), out[2].sum(1))
         return out, out_dims
