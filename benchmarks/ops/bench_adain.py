@@ -52,8 +52,10 @@ CASES = [
     _case(8, 128, 128, 128),
     _case(8, 128, 128, 128, channels_last=True),
     _case(8, 128, 128, 128, dtype=torch.bfloat16),
+    _case(4, 32, 512, 512),
+    _case(4, 32, 512, 512, channels_last=True),
     _case(8, 512, 4, 4),
 ]
 
 # What a call costs.
-CASES += [_case(16, 8, 4, 4), _case(16, 64, 4, 4), _case(16, 64, 8, 8)]
+CASES += [_case(16, c, n, n) for c, n in ((8, 4), (64, 4), (512, 4), (64, 8))]

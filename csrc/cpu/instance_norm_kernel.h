@@ -1,127 +1,172 @@
-// Instance normalisation over a range of pieces of one job, for one instruction set.
+// Instance normalisation over ranges of jobs or of the pieces of one job, for one instruction set. Overloads by
+// the arguments, NormForward or NormBackward, make the two passes of one shape.
+
+#include "columns.h"
+#include "instance_norm_sums.h"
 
 namespace fastgen::FASTGEN_ISA_NS {
 
-// Sums of u and of u * v in double.
+// (x - mean) * factor + offset from centre = -mean / 2 and gain = 2 * factor: half of x - mean cannot overflow.
 template <class T>
-struct ProductSums {
-  Wide<T> total, product;
-  void add(Wide<T> u, Wide<T> v) {
-    total = total + u;
-    product = fma(u, v, product);
-  }
-};
-
-// Sums of x - anchor and of its square.
-template <class S, class T = acc_t<S>>
-inline ProductSums<T> anchored_sums(const S* x, std::int64_t n, T anchor) {
-  using V = Vec<T>;
-  const V origin(anchor);
-  const Wide<T> wide_origin = widen(origin);
-  ProductSums<T> sums;
-  std::int64_t j = 0;
-  for (; j + V::width <= n; j += V::width) {
-    const Wide<T> d = widen(load(x + j)) - wide_origin;
-    sums.add(d, d);
-  }
-  if (j < n) {
-    const int rest = static_cast<int>(n - j);
-    const Wide<T> d = widen(select(Mask<T>::first(rest), load_n(x + j, rest), origin)) - wide_origin;
-    sums.add(d, d);
-  }
-  return sums;
-}
-
-// The origin of a plane's sums is its first element, or the mean of its head where it is long: what cancels in
-// sum(d^2) - sum(d)^2 / n is then at most max(n / kHead, kHead) times the result, and a constant plane gives zero.
-constexpr std::int64_t kHead = 256;
-
-template <class S>
-inline void plane_moments(const S* x, std::int64_t n, double* mean, double* squares) {
-  using T = acc_t<S>;
-  T anchor = static_cast<T>(x[0]);
-  if (n > kHead) {
-    const double shift = sum(anchored_sums(x, kHead, anchor).total) / static_cast<double>(kHead);
-    anchor = static_cast<T>(static_cast<double>(anchor) + shift);
-  }
-  const ProductSums<T> sums = anchored_sums(x, n, anchor);
-  const double total = sum(sums.total), shift = total / static_cast<double>(n);
-  const double centred = sum(sums.product) - total * shift;
-  *mean = static_cast<double>(anchor) + shift;
-  *squares = centred < 0 ? 0 : centred;
-}
-
-// f(group, c, lanes) over the channels, kColumns vectors of them at once while there are as many: whole cache
-// lines of several neighbours keep the memory busy where one does not.
-constexpr int kColumns = 4;
-
-template <class T, class F>
-inline void for_columns(std::int64_t channels, F f) {
-  constexpr int kWidth = Vec<T>::width;
-  std::int64_t c = 0;
-  for (; c + kColumns * kWidth <= channels; c += kColumns * kWidth)
-    f(std::integral_constant<int, kColumns>{}, c, kWidth);
-  for (; c < channels; c += kWidth) {
-    f(std::integral_constant<int, 1>{}, c, static_cast<int>(channels - c < kWidth ? channels - c : kWidth));
-  }
-}
-
-// The moments of interleaved planes; the origin is the first row.
-template <class S>
-inline void channel_moments(const S* x, std::int64_t rows, std::int64_t channels, double* mean, double* squares) {
-  using T = acc_t<S>;
-  constexpr int kWidth = Vec<T>::width;
-  const double count = static_cast<double>(rows);
-  for_columns<T>(channels, [&](auto columns, std::int64_t begin, int lanes) {
-    Wide<T> origin[columns()];
-    ProductSums<T> sums[columns()];
-    for (int k = 0; k < columns(); ++k) origin[k] = widen(load_lanes(x + begin + k * kWidth, lanes));
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const S* row = x + r * channels + begin;
-      for (int k = 0; k < columns(); ++k) {
-        const Wide<T> d = widen(load_lanes(row + k * kWidth, lanes)) - origin[k];
-        sums[k].add(d, d);
-      }
-    }
-    for (int k = 0; k < columns(); ++k) {
-      const std::int64_t c = begin + k * kWidth;
-      double total[kWidth], product[kWidth], first[kWidth];
-      store_n(total, sums[k].total, lanes);
-      store_n(product, sums[k].product, lanes);
-      store_n(first, origin[k], lanes);
-      for (int i = 0; i < lanes; ++i) {
-        const double shift = total[i] / count, centred = product[i] - total[i] * shift;
-        mean[c + i] = first[i] + shift;
-        squares[c + i] = centred < 0 ? 0 : centred;
-      }
-    }
-  });
-}
-
-template <class S>
-void norm_moments(const NormForward<S>& a, std::int64_t job, std::int64_t first, std::int64_t last) {
-  for (std::int64_t p = first; p < last; ++p) {
-    const S* x = a.x(job) + p * a.piece * a.lanes;
-    const std::int64_t n = std::min(a.piece, a.size - p * a.piece);
-    double* mean = a.piece_mean + (job * a.pieces + p) * a.lanes;
-    double* squares = a.piece_squares + (job * a.pieces + p) * a.lanes;
-    if (a.lanes == 1) {
-      plane_moments(x, n, mean, squares);
-    } else {
-      channel_moments(x, n, a.lanes, mean, squares);
-    }
-  }
-}
-
-// (x - origin) * factor + offset from centre = -origin / 2 and gain = 2 * factor: half of x - origin cannot
-// overflow.
-template <class T>
-inline Vec<T> centred_map(Vec<T> x, Vec<T> centre, Vec<T> gain, Vec<T> offset) {
+FASTGEN_INLINE Vec<T> centred_map(Vec<T> x, Vec<T> centre, Vec<T> gain, Vec<T> offset) {
   return fma(fma(x, Vec<T>(T(0.5)), centre), gain, offset);
 }
 
+// A mean as the T that is subtracted from the values and the rest that goes into the offset.
+template <class T>
+struct SplitMean {
+  Vec<T> high;
+  Wide<T> low;
+  explicit SplitMean(Wide<T> mean) : high(narrow(mean)), low(mean - widen(high)) {}
+  Vec<T> centre() const { return high * Vec<T>(T(-0.5)); }
+};
+
+template <class T>
+struct ForwardMap {
+  Vec<T> centre, gain, offset;
+
+  FASTGEN_INLINE ForwardMap(Wide<T> mean, Wide<T> var, Vec<T> scale, Vec<T> shift, double eps) {
+    const SplitMean<T> m(mean);
+    const Wide<T> factor = widen(scale) / sqrt(var + Wide<T>(eps));
+    centre = m.centre();
+    gain = narrow(factor + factor);
+    offset = narrow(widen(shift) - m.low * factor);
+  }
+  FASTGEN_INLINE Vec<T> operator()(Vec<T> x) const { return centred_map(x, centre, gain, offset); }
+};
+
+// grad_x = a * (grad_y - mean(grad_y) - xhat * mean(grad_y * xhat)), as linear maps of the centred values.
+template <class T>
+struct BackwardMap {
+  Vec<T> grad_centre, gain, centre, slope, offset;
+  Wide<T> grad_scale;
+
+  FASTGEN_INLINE BackwardMap(Wide<T> sum, Wide<T> product, Wide<T> mean, Wide<T> var, Vec<T> scale, double eps,
+                             std::int64_t size) {
+    const Wide<T> count(static_cast<double>(size)), zero;
+    const Wide<T> rstd = Wide<T>(1.0) / sqrt(var + Wide<T>(eps));
+    grad_scale = product * rstd;
+    const Wide<T> a = widen(scale) * rstd, b = zero - a * rstd * grad_scale / count;
+    const SplitMean<T> g(sum / count), m(mean);
+    grad_centre = g.centre();
+    gain = narrow(a + a);
+    centre = m.centre();
+    slope = narrow(b + b);
+    offset = narrow(zero - a * g.low - b * m.low);
+  }
+};
+
+template <class T>
+FASTGEN_INLINE Vec<T> backward_map(Vec<T> gy, Vec<T> x, Vec<T> grad_centre, Vec<T> gain, Vec<T> centre,
+                                   Vec<T> slope, Vec<T> offset) {
+  return centred_map(gy, grad_centre, gain, centred_map(x, centre, slope, offset));
+}
+
 template <class S>
-void norm_forward(const NormForward<S>& a, std::int64_t job, std::int64_t first, std::int64_t last) {
+void norm_sums(const NormForward<S>& a, std::int64_t job, std::int64_t first, std::int64_t last) {
+  for (std::int64_t p = first; p < last; ++p) {
+    const S* x = a.x(job) + p * a.piece * a.lanes;
+    const std::int64_t n = a.piece_size(p), out = (job * a.pieces + p) * a.lanes;
+    if (a.lanes == 1) {
+      plane_moments(x, n, a.piece_mean + out, a.piece_squares + out);
+    } else {
+      channel_moments(x, n, a.lanes, a.piece_mean + out, a.piece_squares + out);
+    }
+  }
+}
+
+template <class S>
+void norm_sums(const NormBackward<S>& a, std::int64_t job, std::int64_t first, std::int64_t last) {
+  for (std::int64_t p = first; p < last; ++p) {
+    const std::int64_t begin = p * a.piece * a.lanes;
+    const S *gy = a.grad_y(job) + begin, *x = a.x(job) + begin;
+    const std::int64_t n = a.piece_size(p), out = (job * a.pieces + p) * a.lanes;
+    const double* mean = a.mean + job * a.lanes;
+    if (a.lanes == 1) {
+      plane_products(gy, x, n, *mean, a.piece_sum + out, a.piece_product + out);
+    } else {
+      channel_products(gy, x, n, a.lanes, mean, a.piece_sum + out, a.piece_product + out);
+    }
+  }
+}
+
+// Mean of each plane of a job and sum of squares about it from those of its pieces: about a common origin first,
+// so that constant planes have variance zero and large means lose nothing.
+template <class S>
+void combine_pieces(const NormForward<S>& a, std::int64_t job) {
+  const double* means = a.piece_mean + job * a.pieces * a.lanes;
+  const double* squares = a.piece_squares + job * a.pieces * a.lanes;
+  double *mean = a.mean + job * a.lanes, *total = a.var + job * a.lanes;
+  std::fill_n(mean, a.lanes, 0.0);
+  std::fill_n(total, a.lanes, 0.0);
+  for (std::int64_t p = 1; p < a.pieces; ++p) {
+    const double w = static_cast<double>(a.piece_size(p)) / static_cast<double>(a.size);
+    for (std::int64_t i = 0; i < a.lanes; ++i) mean[i] += w * (means[p * a.lanes + i] - means[i]);
+  }
+  for (std::int64_t i = 0; i < a.lanes; ++i) mean[i] += means[i];
+  for (std::int64_t p = 0; p < a.pieces; ++p) {
+    const double w = static_cast<double>(a.piece_size(p));
+    for (std::int64_t i = 0; i < a.lanes; ++i) {
+      const double d = means[p * a.lanes + i] - mean[i];
+      total[i] += squares[p * a.lanes + i] + w * d * d;
+    }
+  }
+}
+
+template <class S>
+void combine_pieces(const NormBackward<S>& a, std::int64_t job) {
+  double *sum = a.sum + job * a.lanes, *product = a.product + job * a.lanes;
+  std::fill_n(sum, a.lanes, 0.0);
+  std::fill_n(product, a.lanes, 0.0);
+  for (std::int64_t p = job * a.pieces; p < (job + 1) * a.pieces; ++p) {
+    for (std::int64_t i = 0; i < a.lanes; ++i) {
+      sum[i] += a.piece_sum[p * a.lanes + i];
+      product[i] += a.piece_product[p * a.lanes + i];
+    }
+  }
+}
+
+// Statistics and coefficients of the planes [first, first + lanes) from sums in a.mean and a.var.
+template <class S>
+inline void norm_coefficients(const NormForward<S>& a, std::int64_t i, int lanes) {
+  using T = acc_t<S>;
+  const Wide<T> mean = load_doubles<T>(a.mean + i, lanes);
+  const Wide<T> var = load_doubles<T>(a.var + i, lanes) / Wide<T>(static_cast<double>(a.size));
+  const ForwardMap<T> map(mean, var, load_lanes(a.scale + i, lanes), load_lanes(a.shift + i, lanes), a.eps);
+  store_doubles(a.var + i, var, lanes);
+  store_lanes(a.centre + i, map.centre, lanes);
+  store_lanes(a.gain + i, map.gain, lanes);
+  store_lanes(a.offset + i, map.offset, lanes);
+}
+
+template <class S>
+inline void norm_coefficients(const NormBackward<S>& a, std::int64_t i, int lanes) {
+  using T = acc_t<S>;
+  const BackwardMap<T> map(load_doubles<T>(a.sum + i, lanes), load_doubles<T>(a.product + i, lanes),
+                           load_doubles<T>(a.mean + i, lanes), load_doubles<T>(a.var + i, lanes),
+                           load_lanes(a.scale + i, lanes), a.eps, a.size);
+  store_doubles(a.product + i, map.grad_scale, lanes);
+  store_lanes(a.grad_centre + i, map.grad_centre, lanes);
+  store_lanes(a.gain + i, map.gain, lanes);
+  store_lanes(a.centre + i, map.centre, lanes);
+  store_lanes(a.slope + i, map.slope, lanes);
+  store_lanes(a.offset + i, map.offset, lanes);
+}
+
+// From the sums of the jobs [first, last) to what norm_apply takes.
+template <class Norm>
+void norm_finish(const Norm& a, std::int64_t first, std::int64_t last) {
+  constexpr std::int64_t kWidth = Vec<typename Norm::Acc>::width;
+  if (a.pieces > 1) {
+    for (std::int64_t job = first; job < last; ++job) combine_pieces(a, job);
+  }
+  for (std::int64_t i = first * a.lanes; i < last * a.lanes; i += kWidth) {
+    norm_coefficients(a, i, static_cast<int>(std::min(kWidth, last * a.lanes - i)));
+  }
+}
+
+template <class S>
+void norm_apply(const NormForward<S>& a, std::int64_t job, std::int64_t first, std::int64_t last) {
   using V = Vec<acc_t<S>>;
   const std::int64_t begin = first * a.piece, end = std::min(a.size, last * a.piece);
   const S* x = a.x(job) + begin * a.lanes;
@@ -138,68 +183,10 @@ void norm_forward(const NormForward<S>& a, std::int64_t job, std::int64_t first,
   }
 }
 
-// Sums of grad_y and of grad_y * (x - mean).
 template <class S>
-inline void plane_products(const S* gy, const S* x, std::int64_t n, double mean, double* total, double* product) {
-  using T = acc_t<S>;
-  using V = Vec<T>;
-  const Wide<T> origin(mean);
-  ProductSums<T> sums;
-  std::int64_t j = 0;
-  for (; j + V::width <= n; j += V::width) sums.add(widen(load(gy + j)), widen(load(x + j)) - origin);
-  if (j < n) {
-    const int rest = static_cast<int>(n - j);
-    sums.add(widen(load_n(gy + j, rest)), widen(load_n(x + j, rest)) - origin);
-  }
-  *total = sum(sums.total);
-  *product = sum(sums.product);
-}
-
-template <class S>
-inline void channel_products(const S* gy, const S* x, std::int64_t rows, std::int64_t channels, const double* mean,
-                             double* total, double* product) {
-  using T = acc_t<S>;
-  constexpr int kWidth = Vec<T>::width;
-  for_columns<T>(channels, [&](auto columns, std::int64_t begin, int lanes) {
-    Wide<T> origin[columns()];
-    ProductSums<T> sums[columns()];
-    for (int k = 0; k < columns(); ++k) origin[k] = load_wide<T>(mean + begin + k * kWidth, lanes);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      for (int k = 0; k < columns(); ++k) {
-        const std::int64_t i = r * channels + begin + k * kWidth;
-        sums[k].add(widen(load_lanes(gy + i, lanes)), widen(load_lanes(x + i, lanes)) - origin[k]);
-      }
-    }
-    for (int k = 0; k < columns(); ++k) {
-      store_n(total + begin + k * kWidth, sums[k].total, lanes);
-      store_n(product + begin + k * kWidth, sums[k].product, lanes);
-    }
-  });
-}
-
-template <class S>
-void norm_products(const NormBackward<S>& a, std::int64_t job, std::int64_t first, std::int64_t last) {
-  for (std::int64_t p = first; p < last; ++p) {
-    const std::int64_t begin = p * a.piece * a.lanes;
-    const std::int64_t n = std::min(a.piece, a.size - p * a.piece);
-    const S *gy = a.grad_y(job) + begin, *x = a.x(job) + begin;
-    const double* mean = a.mean + job * a.lanes;
-    double* total = a.piece_sum + (job * a.pieces + p) * a.lanes;
-    double* product = a.piece_product + (job * a.pieces + p) * a.lanes;
-    if (a.lanes == 1) {
-      plane_products(gy, x, n, *mean, total, product);
-    } else {
-      channel_products(gy, x, n, a.lanes, mean, total, product);
-    }
-  }
-}
-
-template <class S>
-void norm_backward(const NormBackward<S>& a, std::int64_t job, std::int64_t first, std::int64_t last) {
+void norm_apply(const NormBackward<S>& a, std::int64_t job, std::int64_t first, std::int64_t last) {
   using V = Vec<acc_t<S>>;
-  const auto step = [](V gy, V x, V grad_centre, V gain, V centre, V slope, V offset) {
-    return centred_map(gy, grad_centre, gain, centred_map(x, centre, slope, offset));
-  };
+  const auto step = [](V gy, V x, V e, V g, V c, V s, V o) { return backward_map(gy, x, e, g, c, s, o); };
   const std::int64_t begin = first * a.piece, end = std::min(a.size, last * a.piece);
   const S *gy = a.grad_y(job) + begin * a.lanes, *x = a.x(job) + begin * a.lanes;
   S* gx = a.grad_x(job) + begin * a.lanes;
@@ -212,6 +199,75 @@ void norm_backward(const NormBackward<S>& a, std::int64_t job, std::int64_t firs
   for (std::int64_t r = begin; r < end; ++r, gy += a.lanes, x += a.lanes, gx += a.lanes) {
     transform(a.lanes, gx, step, gy, x, a.grad_centre + plane, a.gain + plane, a.centre + plane, a.slope + plane,
               a.offset + plane);
+  }
+}
+
+// Whole jobs. Several small ones share the square roots and divisions of a vector.
+template <class Norm>
+void norm_jobs(const Norm& a, std::int64_t first, std::int64_t last) {
+  constexpr std::int64_t kElements = 8192, kWidth = Vec<typename Norm::Acc>::width;
+  const std::int64_t block = std::clamp<std::int64_t>(kElements / (a.size * a.lanes), 1, kWidth);
+  for (std::int64_t begin = first; begin < last; begin += block) {
+    const std::int64_t end = std::min(last, begin + block);
+    for (std::int64_t job = begin; job < end; ++job) norm_sums(a, job, 0, a.pieces);
+    norm_finish(a, begin, end);
+    for (std::int64_t job = end; job-- > begin;) {
+      for (std::int64_t p = a.pieces; p-- > 0;) norm_apply(a, job, p, p + 1);
+    }
+  }
+}
+
+// As many planes as a vector has lanes, beginning with `plane`, as its lanes.
+template <class S>
+inline void norm_small_planes(const NormForward<S>& a, std::int64_t plane, int lanes) {
+  using T = acc_t<S>;
+  constexpr int kWidth = Vec<T>::width;
+  alignas(64) T x[kSmallPlane * kWidth];
+  load_columns(a.x(plane), a.x.stride, a.size, lanes, x);
+  const Wide<T> origin = widen(load(x)), count(static_cast<double>(a.size));
+  ProductSums<T> sums;
+  for (std::int64_t j = 0; j < a.size; ++j) {
+    const Wide<T> d = load_wide(x + j * kWidth, kWidth) - origin;
+    sums.add(d, d);
+  }
+  const Wide<T> shift = sums.total / count, mean = origin + shift;
+  const Wide<T> var = max(Wide<T>(), sums.product - sums.total * shift) / count;
+  const ForwardMap<T> map(mean, var, load_lanes(a.scale + plane, lanes), load_lanes(a.shift + plane, lanes),
+                          a.eps);
+  store_doubles(a.mean + plane, mean, lanes);
+  store_doubles(a.var + plane, var, lanes);
+  for (std::int64_t j = 0; j < a.size; ++j) store(x + j * kWidth, map(load(x + j * kWidth)));
+  store_columns(a.y(plane), a.size, a.size, lanes, x);
+}
+
+template <class S>
+inline void norm_small_planes(const NormBackward<S>& a, std::int64_t plane, int lanes) {
+  using T = acc_t<S>;
+  constexpr int kWidth = Vec<T>::width;
+  alignas(64) T gy[kSmallPlane * kWidth], x[kSmallPlane * kWidth];
+  load_columns(a.grad_y(plane), a.grad_y.stride, a.size, lanes, gy);
+  load_columns(a.x(plane), a.x.stride, a.size, lanes, x);
+  const Wide<T> mean = load_doubles<T>(a.mean + plane, lanes), var = load_doubles<T>(a.var + plane, lanes);
+  ProductSums<T> sums;
+  for (std::int64_t j = 0; j < a.size * kWidth; j += kWidth) {
+    sums.add(load_wide(gy + j, kWidth), load_wide(x + j, kWidth) - mean);
+  }
+  const BackwardMap<T> map(sums.total, sums.product, mean, var, load_lanes(a.scale + plane, lanes), a.eps, a.size);
+  store_doubles(a.sum + plane, sums.total, lanes);
+  store_doubles(a.product + plane, map.grad_scale, lanes);
+  for (std::int64_t j = 0; j < a.size * kWidth; j += kWidth) {
+    store(gy + j,
+          backward_map(load(gy + j), load(x + j), map.grad_centre, map.gain, map.centre, map.slope, map.offset));
+  }
+  store_columns(a.grad_x(plane), a.size, a.size, lanes, gy);
+}
+
+// The planes [first, last) of at most kSmallPlane elements.
+template <class Norm>
+void norm_small(const Norm& a, std::int64_t first, std::int64_t last) {
+  constexpr std::int64_t kWidth = Vec<typename Norm::Acc>::width;
+  for (std::int64_t plane = first; plane < last; plane += kWidth) {
+    norm_small_planes(a, plane, static_cast<int>(std::min(kWidth, last - plane)));
   }
 }
 

@@ -6,10 +6,10 @@
 namespace fastgen {
 
 // Elements of a job that are handled at once; partial results of pieces are combined in order.
-constexpr std::int64_t kPlanePiece = 16384;
+constexpr std::int64_t kPlanePiece = 16384, kRowsPiece = 65536;
 
-// About what a shared cache keeps between two sweeps.
-constexpr std::int64_t kCachedElements = std::int64_t{1} << 22;
+// About what a core's own cache, and the one that cores share, keep between two sweeps.
+constexpr std::int64_t kOwnElements = std::int64_t{1} << 17, kSharedElements = std::int64_t{1} << 20;
 
 // A pointer to the first element of each job, see Planes. `channels` is 0 where jobs are `stride` apart
 // throughout.
@@ -42,8 +42,7 @@ struct Planes {
     jobs = channels_last ? t.size(0) : t.size(0) * channels;
     size = 1;
     for (std::int64_t d = 2; d < t.dim(); ++d) size *= t.size(d);
-    // Rows are added up one after another: short runs of them keep the rounding error small.
-    piece = lanes > 1 ? std::clamp<std::int64_t>(kPlanePiece / lanes, 16, 1024) : kPlanePiece;
+    piece = lanes > 1 ? std::clamp<std::int64_t>(kRowsPiece / lanes, 16, 1024) : kPlanePiece;
     pieces = (size + piece - 1) / piece;
   }
 
@@ -89,35 +88,31 @@ struct Planes {
   }
 };
 
-// reduce(job, first, last) over the pieces of each job, then finish(job), then apply(job, first, last): in
-// parallel over jobs, or, where these are too few to keep all threads busy, over the pieces of as many jobs as a
-// cache holds.
-template <class Reduce, class Finish, class Apply>
-void reduce_then_apply(const Planes& planes, Reduce&& reduce, Finish&& finish, Apply&& apply) {
+// Over all jobs: reduce(job, first, last) over the pieces of each, then finish(first_job, last_job), then
+// apply(job, first, last). In parallel over jobs, where whole(first_job, last_job) does it all; or over pieces,
+// where jobs are too few to keep all threads busy or, with interleaved planes, so large that each thread by itself
+// would push out of the shared cache what it has reduced before it applies.
+template <class Whole, class Reduce, class Finish, class Apply>
+void reduce_then_apply(const Planes& planes, Whole&& whole, Reduce&& reduce, Finish&& finish, Apply&& apply) {
   using torch::stable::parallel_for;
   const std::int64_t jobs = planes.jobs, pieces = planes.pieces, job_size = planes.size * planes.lanes;
-  if (pieces == 1 || jobs >= 4 * static_cast<std::int64_t>(torch::stable::get_num_threads())) {
-    const std::int64_t grain = std::max<std::int64_t>(1, kPlanePiece / job_size);
-    parallel_for(0, jobs, grain, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t job = begin; job < end; ++job) {
-        reduce(job, 0, pieces);
-        finish(job);
-        apply(job, 0, pieces);
-      }
-    });
+  const bool many = jobs >= 4 * static_cast<std::int64_t>(torch::stable::get_num_threads());
+  if (pieces == 1 || (many && (planes.lanes == 1 || job_size <= kOwnElements))) {
+    parallel_for(0, jobs, std::max<std::int64_t>(1, kPlanePiece / job_size), whole);
     return;
   }
-  const std::int64_t group = std::max<std::int64_t>(1, kCachedElements / job_size);
+  const std::int64_t group = std::max<std::int64_t>(1, kSharedElements / job_size);
   for (std::int64_t first = 0; first < jobs; first += group) {
     const std::int64_t last = std::min(jobs, first + group);
-    const auto each_piece = [&](auto&& f) {
-      parallel_for(first * pieces, last * pieces, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) f(i / pieces, i % pieces, i % pieces + 1);
-      });
-    };
-    each_piece(reduce);
-    for (std::int64_t job = first; job < last; ++job) finish(job);
-    each_piece(apply);
+    const auto over_pieces = [&](auto&& f) { parallel_for(first * pieces, last * pieces, 1, f); };
+    over_pieces([&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) reduce(i / pieces, i % pieces, i % pieces + 1);
+    });
+    finish(first, last);
+    // Backwards: what was reduced last is still in the thread's own cache.
+    over_pieces([&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = end; i-- > begin;) apply(i / pieces, i % pieces, i % pieces + 1);
+    });
   }
 }
 

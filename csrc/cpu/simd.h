@@ -630,6 +630,11 @@ inline auto load_lanes(const S* p, int n) {
   return n == V::width ? load(p) : load_n(p, n);
 }
 
+template <class S, class T>
+inline void store_lanes(S* p, Vec<T> a, int n) {
+  n == Vec<T>::width ? store(p, a) : store_n(p, a, n);
+}
+
 // store(out + i, f(load(in + i)...)) for n elements of each pointer.
 template <class S, class F, class... In>
 inline void transform(std::int64_t n, S* out, F f, const In*... in) {
@@ -726,68 +731,6 @@ struct CascadeSum {
   }
   T value() const { return sum(total + run); }
 };
-
-// The lanes of a Vec<T> as doubles, for sums that must not lose what T loses.
-template <class T>
-struct Wide {
-  static constexpr int parts = sizeof(double) / sizeof(T);
-  Vec<double> part[parts];
-  Wide() : Wide(0.0) {}
-  explicit Wide(double s) {
-    for (int i = 0; i < parts; ++i) part[i] = Vec<double>(s);
-  }
-};
-inline Wide<double> widen(Vec<double> a) {
-  Wide<double> r;
-  r.part[0] = a;
-  return r;
-}
-inline Wide<float> widen(Vec<float> a) {
-  Wide<float> r;
-  r.part[0] = low_half(a);
-  r.part[1] = high_half(a);
-  return r;
-}
-template <class T>
-inline Wide<T> operator+(Wide<T> a, Wide<T> b) {
-  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] + b.part[i];
-  return a;
-}
-template <class T>
-inline Wide<T> operator-(Wide<T> a, Wide<T> b) {
-  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] - b.part[i];
-  return a;
-}
-template <class T>
-inline Wide<T> fma(Wide<T> a, Wide<T> b, Wide<T> c) {
-  for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = fma(a.part[i], b.part[i], c.part[i]);
-  return a;
-}
-template <class T>
-inline double sum(Wide<T> a) {
-  for (int i = 1; i < Wide<T>::parts; ++i) a.part[0] = a.part[0] + a.part[i];
-  return sum(a.part[0]);
-}
-template <class T>
-inline Wide<T> load_wide(const double* p, int n) {
-  Wide<T> r;
-  for (int i = 0; i < Wide<T>::parts; ++i) {
-    const int first = i * Vec<double>::width, rest = n - first;
-    if (rest > 0) r.part[i] = load_lanes(p + first, rest < Vec<double>::width ? rest : Vec<double>::width);
-  }
-  return r;
-}
-template <class T>
-inline void store_n(double* p, Wide<T> a, int n) {
-  for (int i = 0; i < Wide<T>::parts; ++i) {
-    const int first = i * Vec<double>::width, rest = n - first;
-    if (rest >= Vec<double>::width) {
-      a.part[i].store(p + first);
-    } else if (rest > 0) {
-      a.part[i].store_n(p + first, rest);
-    }
-  }
-}
 
 // Applies a scalar function lane by lane: for double, where no vector version is worth its size.
 template <class T, class F>

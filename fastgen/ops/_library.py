@@ -6,6 +6,7 @@ leaves a clean NotImplementedError and never two definitions of one schema.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -50,22 +51,21 @@ def register_vmap_fold(name: str) -> None:
     Right for operators whose every tensor argument and result has the batch first and whose samples
     do not depend on each other or on their index.
     """
-    op = getattr(torch.ops.fastgen, name)
-
-    def fold(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        batched = [
-            arg.movedim(dim, 0) if dim is not None else _expand(arg, info.batch_size)
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        flat = [arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in batched]
-        result = op(*flat)
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        out = tuple(
-            r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results
-        )
-        return (out, (0,) * len(out)) if isinstance(result, (tuple, list)) else (out[0], 0)
-
+    fold = functools.partial(fold_vmap, name)
     torch.library.register_vmap(f"fastgen::{name}", fold, lib=LIBRARY)
+
+
+def fold_vmap(name: str, info: Any, in_dims: tuple, *args: Any) -> tuple:
+    """The rule of :func:`register_vmap_fold`."""
+    batched = [
+        arg.movedim(dim, 0) if dim is not None else _expand(arg, info.batch_size)
+        for arg, dim in zip(args, in_dims, strict=True)
+    ]
+    flat = [arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in batched]
+    result = getattr(torch.ops.fastgen, name)(*flat)
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    out = tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results)
+    return (out, (0,) * len(out)) if isinstance(result, (tuple, list)) else (out[0], 0)
 
 
 def register_vmap_loop(name: str) -> None:

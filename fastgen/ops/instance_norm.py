@@ -33,6 +33,8 @@ _fwd = _library.define(
     "instance_norm_fwd(Tensor x, Tensor? scale, Tensor? shift, float eps) "
     "-> (Tensor, Tensor, Tensor)"
 )
+# scale and shift are (B, C) or (C,); their gradients have the shape of scale, (B, C) where there is
+# none, and the dtype of the arithmetic.
 _bwd = _library.define(
     "instance_norm_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? scale, float eps) "
     "-> (Tensor, Tensor, Tensor)"
@@ -61,12 +63,37 @@ def _(
 def _(
     grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_scale = x.new_empty(x.shape[:2], dtype=torch.float64)
+    shape = x.shape[:2] if scale is None else scale.shape
+    grad_scale = x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
     return _dense_like(x), grad_scale, torch.empty_like(grad_scale)
 
 
-_library.register_vmap_fold("instance_norm_fwd")
-_library.register_vmap_fold("instance_norm_bwd")
+def _register_vmap(name: str) -> None:
+    """vmap by folding into the batch, where (C,) parameters become (B, C) and differ by slice."""
+
+    def fold(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        sizes = list(args[0].shape)
+        if in_dims[0] is not None:
+            del sizes[in_dims[0]]
+        values, dims, per_channel = list(args), list(in_dims), False
+        for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
+            if not isinstance(arg, Tensor) or arg.dim() - (dim is not None) != 1:
+                continue
+            per_channel = True
+            if dim is None:
+                values[i] = arg.expand(sizes[:2])
+            else:
+                values[i], dims[i] = arg.movedim(dim, 0)[:, None].expand(-1, *sizes[:2]), 0
+        out, out_dims = _library.fold_vmap(name, info, tuple(dims), *values)
+        if per_channel and name == "instance_norm_bwd":
+            out = (out[0], out[1].sum(1), out[2].sum(1))
+        return out, out_dims
+
+    torch.library.register_vmap(f"fastgen::{name}", fold, lib=_library.LIBRARY)
+
+
+_register_vmap("instance_norm_fwd")
+_register_vmap("instance_norm_bwd")
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,25 +115,12 @@ def instance_norm_reference(
     return y.to(x.dtype).reshape(x.shape), mean.detach().flatten(1), var.detach().flatten(1)
 
 
-def _per_plane(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    """A (C,) or (B, C) parameter as (B, C)."""
-    if parameter is None or parameter.dim() == 2:
-        return parameter
-    return parameter.expand(x.shape[:2])
-
-
-def _forward(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fwd(x, _per_plane(scale, x), _per_plane(shift, x), eps)
-
-
 class _InstanceNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _forward(*args)
+        return _fwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -119,14 +133,17 @@ class _InstanceNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple:
         x, mean, var, scale = ctx.saved_tensors
-        tensors = (grad_y, x, mean, var, _per_plane(scale, x))
+        tensors = (grad_y, x, mean, var, scale)
         grad_x, *grads = run(_InstanceNormBackward, _bwd, tensors, ctx.eps)
         for i, parameter in enumerate(ctx.parameters):
             if parameter is None:
                 grads[i] = None
-            else:
-                dim, dtype = parameter
-                grads[i] = (grads[i] if dim == 2 else grads[i].sum(0)).to(dtype)
+                continue
+            dim, dtype = parameter
+            if grads[i].dim() != dim:
+                grads[i] = grads[i].sum(0)
+            if grads[i].dtype != dtype:
+                grads[i] = grads[i].to(dtype)
         return grad_x, *grads, None
 
 
@@ -155,17 +172,17 @@ def _second_order(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients, by grad_y, x and scale, of <u, grad_x> + <p, grad_scale> + <q, grad_shift>.
 
-    `grads` is (u, p, q), None for zero. With r = 1 / sqrt(var + eps) and the symmetric map
-    P(v) = v - mean(v) - xhat * mean(v * xhat), grad_x is scale * r * P(grad_y), the Jacobian of
-    xhat is r * P and that of r is -r^2 * xhat / n.
+    `grads` is (u, p, q), None for zero; scale, p and q are (C,) or (B, C). With
+    r = 1 / sqrt(var + eps) and the symmetric map P(v) = v - mean(v) - xhat * mean(v * xhat), grad_x
+    is scale * r * P(grad_y), the Jacobian of xhat is r * P and that of r is -r^2 * xhat / n.
     """
     dtype = accumulate_dtype(x.dtype)
     xhat, _, var = normalise(x, eps)
     r = (var + eps).rsqrt()
-    a = r if scale is None else r * scale.to(dtype)[:, :, None]
+    a = r if scale is None else r * scale.to(dtype)[..., None]
     dy = grad_y.to(dtype).flatten(2)
     u = torch.zeros_like(dy) if grads[0] is None else grads[0].to(dtype).flatten(2)
-    p, q = (None if t is None else t.to(dtype)[:, :, None] for t in grads[1:])
+    p, q = (None if t is None else t.to(dtype)[..., None] for t in grads[1:])
 
     def mean(t: Tensor) -> Tensor:
         return t.mean(2, keepdim=True)
@@ -184,7 +201,8 @@ def _second_order(
     of_x = r * project(of_xhat) - a * r * mean(dy * projected) * xhat
     of_scale = None
     if scale is not None:
-        of_scale = (r * (dy * projected).sum(2, keepdim=True)).flatten(1).to(scale.dtype)
+        of_scale = (r * (dy * projected).sum(2, keepdim=True)).flatten(1)
+        of_scale = (of_scale if scale.dim() == 2 else of_scale.sum(0)).to(scale.dtype)
     return of_grad_y.to(x.dtype).reshape(x.shape), of_x.to(x.dtype).reshape(x.shape), of_scale
 
 
@@ -192,7 +210,7 @@ def fused(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The compiled op, with scale and shift (C,) or (B, C); gives y, mean, var."""
-    return run(_InstanceNorm, _forward, (x, scale, shift), eps)
+    return run(_InstanceNorm, _fwd, (x, scale, shift), eps)
 
 
 def check_input(x: Any, eps: Any) -> None:

@@ -67,6 +67,33 @@ def test_error_does_not_grow_with_the_mean(mean, isa_name, channels_last, isa):
     assert (error <= 4 * 2.0**-24 * exact.abs() + 1e-12).all()
 
 
+@pytest.mark.parametrize("isa_name", ("portable", "avx2", "avx512"))
+@pytest.mark.parametrize("dtype", (*REDUCED, torch.float64))
+def test_small_planes(dtype, isa_name, isa):
+    """Planes that are lanes of vectors, and those just too large for it; 35 leave lanes unused."""
+    if not isa(isa_name):
+        pytest.skip(f"this machine has no {isa_name}")
+    for size in (*range(1, 20), 32, 63, 64, 65):
+        base = torch.randn(5, 8, size).to(dtype) * 2 + 3
+        cotangent = torch.randn(5, 7, size).to(dtype)
+        for x in base[:, 1:].contiguous(), base[:, 1:]:
+            scale, shift = torch.randn(5, 7).to(dtype), torch.randn(5, 7).to(dtype)
+            leaves, exact_leaves = (
+                with_leaves(x, scale, shift),
+                with_leaves(x.double(), scale.double(), shift.double()),
+            )
+            y = ops.adain(*leaves, backend="cpu")
+            exact = ops.adain(*exact_leaves, backend="reference")
+            tolerance = 64 * torch.finfo(dtype).eps
+            torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
+            grads = torch.autograd.grad(y, leaves, cotangent)
+            expected = torch.autograd.grad(exact, exact_leaves, cotangent.double())
+            for a, b in zip(grads, expected, strict=True):
+                # Planes of two or three elements can be nearly constant, and 1 / std large.
+                bound = tolerance * max(1.0, b.abs().max().item())
+                torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=bound)
+
+
 def test_an_outlier_at_the_start_does_not_spoil_the_variance():
     """The first element is the origin of the sums: the worst case for cancellation."""
     for n in 200, 100_000:
@@ -289,6 +316,27 @@ def test_second_order_for_any_eps(op, eps):
     torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("in_dims", ((0, None, None), (None, 0, 1), (2, 1, None)))
+def test_vmap_over_some_arguments(in_dims):
+    """Weight and bias (C,) may be shared by the vmapped inputs, or the input by them."""
+    tensors = [torch.randn(3, 5, 6, 2), torch.randn(5), torch.randn(5)]
+    for i, dim in enumerate(in_dims):
+        if dim is not None:
+            tensors[i] = torch.stack([tensors[i] + k for k in range(4)], dim)
+
+    def loss(*args):
+        return ops.instance_norm(*args, backend="cpu").pow(3).sum()
+
+    function = torch.func.grad(loss, (0, 1, 2))
+    slices = zip(
+        *([t] * 4 if d is None else t.unbind(d) for t, d in zip(tensors, in_dims, strict=True)),
+        strict=True,
+    )
+    expected = [torch.stack(parts) for parts in zip(*(function(*s) for s in slices), strict=True)]
+    for a, b in zip(torch.func.vmap(function, in_dims)(*tensors), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_penalty_equals_the_reference():
     """The use of second order: a penalty on the input gradient, differentiated by everything."""
     x, scale, shift = with_leaves(torch.randn(2, 3, 6, 6), torch.randn(2, 3), torch.randn(2, 3))
@@ -336,7 +384,11 @@ def test_raw_operators_check_what_they_read():
     raw = torch.ops.fastgen
     x, stats = torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="scale"):
-        raw.instance_norm_fwd(x, torch.ones(3), None, 1e-5)
+        raw.instance_norm_fwd(x, torch.ones(4), None, 1e-5)
+    with pytest.raises(RuntimeError, match="shift"):
+        raw.instance_norm_fwd(x, None, torch.ones(3, 2), 1e-5)
+    with pytest.raises(RuntimeError, match="scale"):
+        raw.instance_norm_bwd(x, x, stats, stats, torch.ones(3, dtype=torch.float64), 1e-5)
     with pytest.raises(RuntimeError, match="expected"):
         raw.instance_norm_fwd(torch.ones(2, 3), None, None, 1e-5)
     with pytest.raises(RuntimeError, match="expected float32"):
