@@ -8,9 +8,20 @@
 // compared in float64. Cosine is the same search over codes of length one, without |e|^2.
 
 #include "vq.h"
-#include "vq_packing.h"
+#include "vq_bound.h"
 
 namespace fastgen {
+
+constexpr std::int64_t kMaxTileRows = 8;
+static_assert(kMaxTileRows % kBf16TileRows == 0);
+
+constexpr std::int64_t whole_tiles(std::int64_t rows) {
+  return (rows + kMaxTileRows - 1) / kMaxTileRows * kMaxTileRows;
+}
+
+// Codes whose keys are computed at once where all have to be compared.
+constexpr int kWideLanes = 16;
+constexpr int kMostOpenSets = 128;
 
 // One block of rows to search, and the memory to do it in.
 template <class T>
@@ -18,12 +29,16 @@ struct SearchBlock {
   const T* rows;
   std::int64_t count;
   std::int64_t* indices;
-  T* distance;         // may be null
-  T *centred, *tile;   // block_rows x D, kMaxTileRows x D
-  double* wide;        // D x panel width
-  T* lanes;            // block_rows x 3 vectors
-  T* norms;            // block_rows
-  std::int64_t* open;  // block_rows
+  T* distance;                     // may be null
+  T *centred, *norms;              // in whole tiles
+  Bf16Pair* pairs;                 // the same
+  float* residuals;                // the same
+  T* minima;                       // whole tiles x sets
+  Contest<T>* contests;            // where all codes compete
+  std::int64_t *left, *undecided;  // lists of rows
+  std::int64_t* undecided_count;
+  double *keys, *wide;  // one a row; D x kWideLanes
+  int* pause;           // blocks to go before bfloat16 is tried again
 };
 
 template <class S>
@@ -33,8 +48,6 @@ struct ReadRows {
   std::int64_t head, first, count;
   acc_t<S>* out;
 };
-
-constexpr int kMaxTileRows = 12;
 
 }  // namespace fastgen
 
@@ -120,8 +133,7 @@ FASTGEN_DENSE_ROWS(BFloat16)
 
 std::int64_t block_rows(std::int64_t rows) {
   const std::int64_t sixteenth = (rows + 15) / 16;
-  const std::int64_t whole_tiles = (sixteenth + kMaxTileRows - 1) / kMaxTileRows * kMaxTileRows;
-  return std::clamp<std::int64_t>(whole_tiles, kMaxTileRows, kBlockRows);
+  return std::clamp<std::int64_t>(whole_tiles(sixteenth), kMaxTileRows, kBlockRows);
 }
 
 std::int64_t block_count(const Tokens& x) {
@@ -142,29 +154,49 @@ void check_codebook(const Tensor& x, const Tensor& codebook, const char* op) {
 
 namespace {
 
+// Up to here packing the codes costs more than it saves.
+constexpr std::int64_t kDirectRows = 24;
+
 template <class T>
 struct SearchMemory {
-  std::vector<T> rows, centred, tile, lanes, norms;
-  std::vector<double> wide;
-  std::vector<std::int64_t> open;
+  std::vector<T> rows, centred, norms, minima;
+  std::vector<Bf16Pair> pairs;
+  std::vector<float> residuals;
+  std::vector<Contest<T>> contests;
+  std::vector<std::int64_t> left, undecided;
+  std::vector<double> keys, wide;
+  std::int64_t undecided_count = 0;
+  int pause = 0;
 
-  SearchMemory(std::int64_t rows_count, std::int64_t size, std::int64_t width)
-      : rows(rows_count * size),
-        centred(rows_count * size),
-        tile(kMaxTileRows * size),
-        lanes(rows_count * 3 * width),
-        norms(rows_count),
-        wide(size * width),
-        open(rows_count) {}
+  SearchMemory(std::int64_t count, const PackedCodes<T>& codes)
+      : rows(count * codes.size), undecided(count), keys(count), wide(kWideLanes * codes.size) {
+    if (codes.start == nullptr) {
+      contests.resize(count);
+      return;
+    }
+    centred.resize(count * codes.size);
+    norms.resize(count);
+    minima.resize(count * codes.sets.sets());
+    left.resize(count);
+    if (codes.pairs == nullptr) return;
+    pairs.resize(count * bf16_pairs(codes.size));
+    residuals.resize(count);
+  }
+
+  SearchBlock<T> block(const T* block_rows, std::int64_t count, std::int64_t* indices, T* distance) {
+    return {block_rows,       count,           indices,      distance,
+            centred.data(),   norms.data(),    pairs.data(), residuals.data(),
+            minima.data(),    contests.data(), left.data(),  undecided.data(),
+            &undecided_count, keys.data(),     wide.data(),  &pause};
+  }
 };
 
 template <class T>
 void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes, std::int64_t* indices,
                  T* distance, const std::function<void(const FoundRows<T>&, std::int64_t)>& visit) {
   const std::int64_t step = block_rows(x.rows), blocks = (x.rows + step - 1) / step;
-  const std::int64_t width = FASTGEN_DISPATCH_ISA(panel_width<T>);
   torch::stable::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-    SearchMemory<T> memory(step, x.size, width);
+    SearchMemory<T> memory(step, codes);
     for (std::int64_t b = begin; b < end; ++b) {
       const std::int64_t first = b * step, count = std::min(step, x.rows - first), row = head * x.rows + first;
       const T* rows = memory.rows.data();
@@ -172,16 +204,8 @@ void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes
         using S = std::remove_pointer_t<decltype(t)>;
         if constexpr (std::is_same_v<acc_t<S>, T>) rows = dense_rows<S>(x, head, first, count, memory.rows.data());
       });
-      const SearchBlock<T> block{rows,
-                                 count,
-                                 indices + row,
-                                 distance == nullptr ? nullptr : distance + row,
-                                 memory.centred.data(),
-                                 memory.tile.data(),
-                                 memory.wide.data(),
-                                 memory.lanes.data(),
-                                 memory.norms.data(),
-                                 memory.open.data()};
+      const SearchBlock<T> block =
+          memory.block(rows, count, indices + row, distance == nullptr ? nullptr : distance + row);
       FASTGEN_DISPATCH_ISA(search_block, codes, block);
       if (visit) visit({block.rows, block.indices, codes.codes, row, count, x.size}, head * blocks + b);
     }
@@ -194,9 +218,9 @@ template <class T>
 void vq_search(const Tokens& x, const Codebook<T>& codebook, bool cosine, std::int64_t* indices, T* distance,
                const std::function<void(const FoundRows<T>&, std::int64_t)>& visit) {
   if (x.rows == 0) return;
+  const std::int64_t lanes = x.rows <= kDirectRows ? 0 : FASTGEN_DISPATCH_ISA(lane_count<T>);
   for (std::int64_t h = 0; h < x.heads; ++h) {
-    const Packing<T> packing(codebook.head(h), codebook.count, codebook.size, FASTGEN_DISPATCH_ISA(panel_width<T>),
-                             cosine);
+    const Packing<T> packing(codebook.head(h), codebook.count, codebook.size, lanes, cosine);
     search_head(x, h, packing.codes(), indices, distance, visit);
   }
 }

@@ -1,21 +1,36 @@
 // A codebook made ready for the search of vq_nearest.cpp.
 #pragma once
 
-#include "common.h"
+#include <mutex>
+
+#include "vq_screen_bf16.h"
 
 namespace fastgen {
 
-// One head's codebook, ready to be scored.
+// One head's codebook, ready for the search. The members below `sets` are those of the screening, and empty
+// without it.
 template <class T>
 struct PackedCodes {
   const T* codes;        // K x D, as given
+  const T* compared;     // K x D: the codes, for cosine made to have length one
   const double* square;  // K, |e|^2 summed in order; for cosine only
-  const T* panels;       // per panel D x width
-  const T* start;        // per panel width: the score before any product; infinite for codes that take no part
-  const T* mean;         // D, what is subtracted from rows
-  std::int64_t count, size, panel_count;
-  double reach;  // the largest centred |e| of the codes that take part; infinite where keys could overflow
+  std::int64_t count, size;
   bool cosine;
+  bool safe;  // no key of a finite row of ordinary length overflows or underflows
+
+  SetLayout sets;
+  const T* penalty;       // K: 0, or infinite for codes that take no part
+  const T* mean;          // D, what is subtracted from rows
+  const T* start;         // 2 * width a panel: the score before any product; infinite where `penalty` is
+  const T* longest;       // per set, the largest |c|
+  const T* residual;      // per set, the largest |c - bfloat16(c)|; for pairs only
+  double reach;           // the largest |c| of all
+  const Bf16Pair* pairs;  // per panel pairs x 2 * width; null where there is no use for them
+  const T* (*panels)(const void* owner);
+  const void* owner;
+
+  // per panel D x 2 * width
+  const T* exact_panels() const { return panels(owner); }
 };
 
 // Lengths from this to its inverse have products and squares of products in the range of float64; all lengths of
@@ -26,56 +41,75 @@ constexpr double kSafeLength = 1e-60;
 template <class T>
 class Packing {
  public:
-  Packing(const T* codes, std::int64_t count, std::int64_t size, std::int64_t width, bool cosine)
-      : width_(width),
-        panel_count_((count + width - 1) / width),
-        square_(cosine ? count : 0),
-        mean_(size),
-        packed_{} {
-    packed_.codes = codes;
+  // width: lanes of the vectors that score; 0 for no screening.
+  Packing(const T* codes, std::int64_t count, std::int64_t size, std::int64_t width, bool cosine) : packed_{} {
+    packed_.codes = packed_.compared = codes;
     packed_.count = count;
     packed_.size = size;
-    packed_.panel_count = panel_count_;
     packed_.cosine = cosine;
-    if (cosine) sum_squares();
-    leave_out();
-    take_mean();
-    panels_.resize(panel_count_ * width * size);
-    start_.resize(panel_count_ * width, std::numeric_limits<T>::infinity());
-    std::vector<double> reach(panel_count_);
-    torch::stable::parallel_for(0, panel_count_, grain(width), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t p = begin; p < end; ++p) reach[p] = pack(p);
-    });
-    packed_.reach = *std::max_element(reach.begin(), reach.end());
-    // Cosine: rows stay as they are, since shifting the codes adds the same to all scores of a row.
-    if (cosine) std::fill(mean_.begin(), mean_.end(), T(0));
-    packed_.square = square_.data();
-    packed_.panels = panels_.data();
-    packed_.start = start_.data();
-    packed_.mean = mean_.data();
+    packed_.safe = true;
+    if (cosine) make_units();
+    if (width > 0) prepare_screening(width);
   }
   Packing(const Packing&) = delete;
 
   const PackedCodes<T>& codes() const { return packed_; }
 
  private:
-  const T* code(std::int64_t k) const { return packed_.codes + k * packed_.size; }
+  void prepare_screening(std::int64_t width) {
+    packed_.sets = SetLayout(packed_.count, width);
+    leave_out();
+    take_mean();
+    centre();
+    packed_.penalty = penalty_.data();
+    // Cosine: rows stay as they are, since shifting the codes adds the same to all scores of a row.
+    if (packed_.cosine) std::fill(mean_.begin(), mean_.end(), T(0));
+    packed_.mean = mean_.data();
+    packed_.start = start_.data();
+    if constexpr (std::is_same_v<T, float>) {
+      if (packed_.size >= kLeastBf16Size && bf16_screening()) pack_bf16();
+    }
+    longest_ = most_of_sets(length_);
+    packed_.longest = longest_.data();
+    packed_.owner = this;
+    packed_.panels = [](const void* owner) { return static_cast<const Packing*>(owner)->panels(); };
+  }
+
+  const T* given(std::int64_t k) const { return packed_.codes + k * packed_.size; }
+  const T* code(std::int64_t k) const { return packed_.compared + k * packed_.size; }
 
   // How many items of that many codes make a thread worth waking.
   std::int64_t grain(std::int64_t codes) const {
     return std::max<std::int64_t>(1, 32768 / std::max<std::int64_t>(1, codes * packed_.size));
   }
 
-  void sum_squares() {
+  // Whether the float64 keys of a code of that squared length neither overflow nor underflow.
+  static bool ordinary(double square) {
+    constexpr double kLeast = kSafeLength * kSafeLength;
+    return square == 0 || (square > kLeast && square < 1 / kLeast);
+  }
+
+  // Cosine: the squares of the keys, and the codes made to have length one.
+  void make_units() {
+    square_.resize(packed_.count);
+    units_.resize(packed_.count * packed_.size);
     torch::stable::parallel_for(0, packed_.count, grain(1), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t k = begin; k < end; ++k) {
+        const T* e = given(k);
         double sum = 0;
-        for (std::int64_t j = 0; j < packed_.size; ++j) {
-          sum += static_cast<double>(code(k)[j]) * static_cast<double>(code(k)[j]);
-        }
+        for (std::int64_t j = 0; j < packed_.size; ++j)
+          sum += static_cast<double>(e[j]) * static_cast<double>(e[j]);
         square_[k] = sum;
+        const double factor = sum == 0 ? 0 : 1 / std::sqrt(sum);
+        T* unit = units_.data() + k * packed_.size;
+        for (std::int64_t j = 0; j < packed_.size; ++j)
+          unit[j] = static_cast<T>(factor * static_cast<double>(e[j]));
       }
     });
+    packed_.square = square_.data();
+    packed_.compared = units_.data();
+    packed_.safe =
+        std::all_of(square_.begin(), square_.end(), [](double s) { return std::isnan(s) || ordinary(s); });
   }
 
   // Marks the codes that can never be the answer: those not finite, or equal to an earlier one. Leaving out the
@@ -85,7 +119,7 @@ class Packing {
     std::vector<std::uint64_t> hashes(packed_.count);
     out_.resize(packed_.count);
     torch::stable::parallel_for(0, packed_.count, grain(1), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t k = begin; k < end; ++k) out_[k] = !hash(code(k), factors, &hashes[k]);
+      for (std::int64_t k = begin; k < end; ++k) out_[k] = !hash(given(k), factors, &hashes[k]);
     });
     std::int64_t slots = 16;
     while (slots < 2 * packed_.count) slots *= 2;
@@ -94,7 +128,7 @@ class Packing {
       std::int64_t slot = static_cast<std::int64_t>(hashes[k] >> 20) & (slots - 1);
       for (; table[slot] >= 0 && !out_[k]; slot = (slot + 1) & (slots - 1)) {
         out_[k] =
-            hashes[k] == hashes[table[slot]] && std::equal(code(k), code(k) + packed_.size, code(table[slot]));
+            hashes[k] == hashes[table[slot]] && std::equal(given(k), given(k) + packed_.size, given(table[slot]));
       }
       if (!out_[k]) table[slot] = k;
     }
@@ -129,66 +163,109 @@ class Packing {
     return finite == T(0);
   }
 
-  // The factor that makes a code one of length one, for cosine.
-  double unit(std::int64_t k) const { return square_[k] == 0 ? 0 : 1 / std::sqrt(square_[k]); }
-
   void take_mean() {
     std::vector<double> sum(packed_.size);
     std::int64_t used = 0;
     for (std::int64_t k = 0; k < packed_.count; ++k) {
       if (out_[k]) continue;
       ++used;
-      const double scale = packed_.cosine ? unit(k) : 1;
       const T* e = code(k);
-      for (std::int64_t j = 0; j < packed_.size; ++j) sum[j] += scale * static_cast<double>(e[j]);
+      for (std::int64_t j = 0; j < packed_.size; ++j) sum[j] += static_cast<double>(e[j]);
     }
     const double share = 1 / static_cast<double>(std::max<std::int64_t>(1, used));
+    mean_.resize(packed_.size);
     for (std::int64_t j = 0; j < packed_.size; ++j) mean_[j] = static_cast<T>(share * sum[j]);
   }
 
-  // Whether the float64 keys of a code neither overflow nor underflow: for cosine by its length. Otherwise what is
-  // finite here is, as the rows that are scored are bounded.
-  bool safe(std::int64_t k, double centred_square) const {
-    constexpr double kLeast = kSafeLength * kSafeLength;
-    if (!std::isfinite(centred_square)) return false;
-    return !packed_.cosine || square_[k] == 0 || (square_[k] > kLeast && square_[k] < 1 / kLeast);
+  // The codes as they are scored: c = -2 (e - mean), or -(e - mean) for cosine, and their lengths. Codes left out
+  // are zero: values that are not finite would turn their infinite scores into NaN.
+  void centre() {
+    centred_.resize(packed_.count * packed_.size);
+    length_.resize(packed_.count);
+    penalty_.resize(packed_.count);
+    std::vector<T> starts(packed_.count);
+    const T factor = packed_.cosine ? T(-1) : T(-2), infinite = std::numeric_limits<T>::infinity();
+    const double vanished = static_cast<double>(packed_.size) * std::numeric_limits<T>::min();
+    torch::stable::parallel_for(0, packed_.count, grain(1), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t k = begin; k < end; ++k) {
+        if (out_[k]) {
+          penalty_[k] = starts[k] = infinite;
+          continue;
+        }
+        const T* e = code(k);
+        T* c = centred_.data() + k * packed_.size;
+        double square = 0;
+        for (std::int64_t j = 0; j < packed_.size; ++j) {
+          c[j] = factor * (e[j] - mean_[j]);
+          square += static_cast<double>(c[j]) * static_cast<double>(c[j]);
+        }
+        starts[k] = packed_.cosine ? T(0) : static_cast<T>(square / 4);
+        length_[k] = std::isfinite(square) ? static_cast<T>(1.001 * std::sqrt(square + vanished)) : infinite;
+      }
+    });
+    packed_.reach = static_cast<double>(*std::max_element(length_.begin(), length_.end()));
+    start_.resize(packed_.sets.panels() * 2 * packed_.sets.width);
+    fill_panels(starts.data(), 1, infinite, start_.data());
   }
 
-  // Fills panel p and returns its reach.
-  double pack(std::int64_t p) {
-    const std::int64_t first = p * width_, lanes = std::min(width_, packed_.count - first);
-    T* panel = panels_.data() + first * packed_.size;
-    std::vector<double> squares(lanes), units(lanes, 1.0);
-    for (std::int64_t lane = 0; lane < lanes && packed_.cosine; ++lane) units[lane] = unit(first + lane);
-    const T factor = packed_.cosine ? T(-1) : T(-2);
-    for (std::int64_t j = 0; j < packed_.size; ++j) {
-      const double mean = static_cast<double>(mean_[j]);
-      const T* e = code(first) + j;
-      for (std::int64_t lane = 0; lane < lanes; ++lane) {
-        const T centred = static_cast<T>(units[lane] * static_cast<double>(e[lane * packed_.size]) - mean);
-        panel[j * width_ + lane] = factor * centred;
-        squares[lane] += static_cast<double>(centred) * static_cast<double>(centred);
-      }
-    }
-    double reach = 0;
-    for (std::int64_t lane = 0; lane < lanes; ++lane) {
-      const std::int64_t k = first + lane;
-      if (out_[k]) {
-        // Not finite values would turn infinite scores into NaN.
-        for (std::int64_t j = 0; j < packed_.size; ++j) panel[j * width_ + lane] = T(0);
-        continue;
-      }
-      start_[k] = packed_.cosine ? T(0) : static_cast<T>(squares[lane]);
-      reach = std::max(
-          reach, safe(k, squares[lane]) ? std::sqrt(squares[lane]) : std::numeric_limits<double>::infinity());
-    }
-    return reach;
+  void pack_bf16() {
+    const std::int64_t pairs = bf16_pairs(packed_.size);
+    std::vector<Bf16Pair> rounded(packed_.count * pairs);
+    std::vector<float> lost(packed_.count);
+    torch::stable::parallel_for(0, packed_.count, grain(1), [&](std::int64_t begin, std::int64_t end) {
+      round_to_bf16(centred_.data() + begin * packed_.size, end - begin, packed_.size,
+                    rounded.data() + begin * pairs, lost.data() + begin);
+    });
+    pairs_.resize(packed_.sets.panels() * 2 * packed_.sets.width * pairs);
+    fill_panels(rounded.data(), pairs, Bf16Pair(0), pairs_.data());
+    residual_ = most_of_sets(lost);
+    packed_.residual = residual_.data();
+    packed_.pairs = pairs_.data();
   }
 
-  std::int64_t width_, panel_count_;
+  // Packed when first asked for: most codebooks that are screened in bfloat16 never need them.
+  const T* panels() const {
+    std::call_once(packed_once_, [this] {
+      panels_.resize(packed_.sets.panels() * 2 * packed_.sets.width * packed_.size);
+      fill_panels(centred_.data(), packed_.size, T(0), panels_.data());
+    });
+    return panels_.data();
+  }
+
+  // Interleaves `size` words of every code by panels.
+  template <class Word>
+  void fill_panels(const Word* rows, std::int64_t size, Word missing, Word* panels) const {
+    const std::int64_t lanes = 2 * packed_.sets.width;
+    torch::stable::parallel_for(0, packed_.sets.panels(), grain(lanes), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t p = begin; p < end; ++p) {
+        for (std::int64_t lane = 0; lane < lanes; ++lane) {
+          const std::int64_t k = packed_.sets.code(p, lane);
+          Word* out = panels + p * lanes * size + lane;
+          for (std::int64_t j = 0; j < size; ++j)
+            out[j * lanes] = k < packed_.count ? rows[k * size + j] : missing;
+        }
+      }
+    });
+  }
+
+  std::vector<T> most_of_sets(const std::vector<T>& of_codes) const {
+    std::vector<T> most(packed_.sets.sets());
+    for (std::int64_t k = 0; k < packed_.count; ++k) {
+      T& of_set = most[k / packed_.sets.length];
+      of_set = std::max(of_set, of_codes[k]);
+    }
+    return most;
+  }
+
+  // With fewer dimensions codes lie so densely that bfloat16 tells few of them apart.
+  static constexpr std::int64_t kLeastBf16Size = 4;
+
   std::vector<double> square_;
   std::vector<char> out_;
-  std::vector<T> mean_, panels_, start_;
+  std::vector<T> units_, mean_, centred_, length_, penalty_, start_, longest_, residual_;
+  std::vector<Bf16Pair> pairs_;
+  mutable std::once_flag packed_once_;
+  mutable std::vector<T> panels_;
   PackedCodes<T> packed_;
 };
 

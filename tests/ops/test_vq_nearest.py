@@ -9,7 +9,7 @@ import torch
 
 from fastgen import ops
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 
 
 def oracle(x, codebook, metric="euclidean"):

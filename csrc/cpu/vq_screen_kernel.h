@@ -1,0 +1,144 @@
+// The screening of vq_nearest.cpp in the arithmetic type, and the choice of sets, for one instruction set.
+
+namespace fastgen::FASTGEN_ISA_NS {
+
+// Rows a tile: as many as leave registers for one panel row and the running minima.
+#if defined(FASTGEN_SIMD_AVX512)
+constexpr int kTileRows = 8;
+#elif defined(FASTGEN_SIMD_AVX2)
+constexpr int kTileRows = 4;
+#else
+constexpr int kTileRows = 2;
+#endif
+static_assert(kTileRows <= kMaxTileRows && kMaxTileRows % kTileRows == 0);
+
+// Centres `count` rows and gives an upper bound of their lengths. Missing rows of the last tile are zero.
+template <class T>
+void centre_rows(const PackedCodes<T>& c, const T* rows, std::int64_t count, T* centred, T* norms) {
+  using V = Vec<T>;
+  const T rounding = T(1) + static_cast<T>(c.size + 8) * std::numeric_limits<T>::epsilon();
+  const T underflow = static_cast<T>(c.size) * std::numeric_limits<T>::min();
+  for (std::int64_t i = 0; i < count; ++i) {
+    const T* row = rows + i * c.size;
+    T* out = centred + i * c.size;
+    V squares(T(0));
+    std::int64_t j = 0;
+    for (; j + V::width <= c.size; j += V::width) {
+      const V x = load(row + j) - load(c.mean + j);
+      squares = fma(x, x, squares);
+      store(out + j, x);
+    }
+    if (j < c.size) {
+      const int n = static_cast<int>(c.size - j);
+      const V x = load_n(row + j, n) - load_n(c.mean + j, n);
+      squares = fma(x, x, squares);
+      store_n(out + j, x, n);
+    }
+    norms[i] = std::sqrt(sum(squares) + underflow) * rounding;
+  }
+  std::fill_n(centred + count * c.size, (whole_tiles(count) - count) * c.size, T(0));
+}
+
+// Scores of R rows against one panel: low for its first vector of codes, high for its second.
+template <class T, int R>
+inline void score_panel(const T* tile, const T* panel, const T* start, std::int64_t size, Vec<T> (&low)[R],
+                        Vec<T> (&high)[R]) {
+  using V = Vec<T>;
+  const V start_low = load(start), start_high = load(start + V::width);
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    low[i] = start_low;
+    high[i] = start_high;
+  }
+  for (std::int64_t j = 0; j < size; ++j) {
+    const V code_low = load(panel), code_high = load(panel + V::width);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const V x = V(tile[i * size]);
+      low[i] = fma(x, code_low, low[i]);
+      high[i] = fma(x, code_high, high[i]);
+    }
+    panel += 2 * V::width;
+    ++tile;
+  }
+}
+
+// The least scores of the sets of a group, of panels [first, last), for R rows; joined to what is there, unless
+// fresh.
+template <class T, int R>
+void screen_panels(const PackedCodes<T>& c, const T* panels, const T* tile, std::int64_t first, std::int64_t last,
+                   bool fresh, T* minima) {
+  using V = Vec<T>;
+  constexpr int width = 2 * V::width;
+  const std::int64_t stride = c.sets.sets();
+  V least[R];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) least[i] = fresh ? V(std::numeric_limits<T>::infinity()) : load(minima + i * stride);
+  for (std::int64_t p = first; p < last; ++p) {
+    V low[R], high[R];
+    score_panel<T, R>(tile, panels + p * width * c.size, c.start + p * width, c.size, low, high);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) least[i] = min(least[i], min(low[i], high[i]));
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) store(minima + i * stride, least[i]);
+}
+
+// minima (rows in whole tiles, sets): the least score of each set, for centred rows.
+template <class T>
+void screen(const PackedCodes<T>& c, const T* rows, std::int64_t count, T* minima) {
+  constexpr int R = kTileRows, w = Vec<T>::width;
+  const T* panels = c.exact_panels();
+  const std::int64_t panel_bytes = 2 * w * c.size * static_cast<std::int64_t>(sizeof(T));
+  c.sets.each_tile(whole_tiles(count) / R, panel_bytes,
+                   [&](std::int64_t tile, std::int64_t group, std::int64_t first, std::int64_t last) {
+                     screen_panels<T, R>(c, panels, rows + tile * R * c.size, first, last,
+                                         first == group * c.sets.group_panels(),
+                                         minima + tile * R * c.sets.sets() + group * w);
+                   });
+}
+
+// f(minimum, error, group): by vectors of sets; codes longer than `longest` need no bound.
+template <class T, class F>
+inline void each_group(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima, T longest,
+                       F&& f) {
+  using V = Vec<T>;
+  for (std::int64_t g = 0; g < c.sets.groups; ++g) {
+    const std::int64_t at = g * V::width;
+    const V p = min(V(longest), load(c.longest + at));
+    V error = fma(p, fma(p, V(row.curvature), V(row.slope)), V(row.constant));
+    // A bfloat16 has 8 significant bits.
+    if (bf16) error = fma(min(V(longest / 200), load(c.residual + at)), V(row.residual), error);
+    f(load(minima + at), error, g);
+  }
+}
+
+// An upper bound of the least score.
+template <class T>
+inline T least_score(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima) {
+  using V = Vec<T>;
+  V least_(std::numeric_limits<T>::infinity());
+  each_group(c, row, bf16, minima, std::numeric_limits<T>::infinity(),
+             [&](V minimum, V error, std::int64_t) { least_ = min(least_, minimum + error); });
+  return least(least_);
+}
+
+// Lists the sets that can hold a code of score `limit` or less; -1 where there are more than `most`.
+template <class T>
+inline int open_sets(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima, T limit,
+                     T longest, int most, std::int32_t* list) {
+  using V = Vec<T>;
+  int count = 0;
+  each_group(c, row, bf16, minima, longest, [&](V minimum, V error, std::int64_t g) {
+    for (unsigned bits = (minimum - error <= V(limit)).bits(); bits != 0; bits &= bits - 1) {
+      if (count >= most) {
+        count = most + 1;
+        return;
+      }
+      list[count++] = static_cast<std::int32_t>(g * V::width + __builtin_ctz(bits));
+    }
+  });
+  return count > most ? -1 : count;
+}
+
+}  // namespace fastgen::FASTGEN_ISA_NS
