@@ -552,6 +552,10 @@ inline auto load_lanes(const S* p, int n) {
   using V = decltype(load(p));
   return n == V::width ? load(p) : load_n(p, n);
 }
+template <class S, class V>
+inline void store_lanes(S* p, V v, int n) {
+  n == V::width ? store(p, v) : store_n(p, v, n);
+}
 
 // store(out + i, f(load(in + i)...)) for n elements of each pointer.
 template <class S, class F, class... In>

@@ -1,11 +1,22 @@
-// Exact nearest-code search on the CPU.
+// Exact nearest-code search on the CPU, in three steps, each for what the one before leaves open.
 //
-// Codes and rows are centred by the mean of the codes (which changes no comparison and removes a common offset)
-// and scored in the arithmetic type T as |e|^2 - 2 <x, e>. The codebook is packed into panels of two vectors of
-// codes with -2 folded in; a tile of rows times one panel is accumulated in registers, starting from |e|^2, and
-// each lane keeps the smallest score, its code and the second smallest: no score is ever stored. A bound on the
-// rounding error of a score then proves the winner, or it does not, and the codes that are within the bound are
-// compared in float64. Cosine is the same search over codes of length one, without |e|^2.
+// 1. Screening (vq_screen_kernel.h, vq_screen_bf16.cpp). Codes and rows are centred (which changes no comparison and
+//    removes a common offset), and every code gets a score s = |e|^2 - 2 <x, e>. The codes are cut into sets of a
+//    few consecutive ones (vq_sets.h), and only the least score of each set is kept: one minimum a vector of scores,
+//    no index, no score in memory. The products are bfloat16 where the CPU multiplies these (twice as many a cycle),
+//    else of the arithmetic type T. A score computed from the rounded x^ and c^ (c = -2 e) is off by at most
+//        E = |x - x^| |c| + |x^| |c - c^| + g (|x| |c| + |e|^2) + constant
+//    with the residuals as they are, g for the accumulation (vq_bound.h). So a set whose least score, less its E,
+//    is above the least of all scores plus E cannot hold the nearest code: usually one set in hundreds stays.
+// 2. The codes of the open sets compete by |x - e|^2 in T, in which nothing cancels: its error is relative to the
+//    distance itself. All but one are nearly always out.
+// 3. Codes that T does not tell apart are compared by their keys in float64, which define the answer.
+//
+// Rows for which bfloat16 leaves many sets open are screened again in T, and the next blocks at once. Rows that are
+// still not settled (exact ties everywhere, values near overflow) are compared by the keys of all codes. A handful of
+// rows skips the first step, and with it the packing of the codes.
+//
+// Cosine is the same search over codes of length one, with s = -<x, e>.
 
 #include "vq.h"
 #include "vq_bound.h"
@@ -21,7 +32,16 @@ constexpr std::int64_t whole_tiles(std::int64_t rows) {
 
 // Codes whose keys are computed at once where all have to be compared.
 constexpr int kWideLanes = 16;
-constexpr int kMostOpenSets = 128;
+constexpr int kMostOpenSets = 32;
+
+// The sets of codes that a row's minima leave open, with lower bounds of their scores; the least of these is
+// first.
+template <class T>
+struct OpenSets {
+  int count;
+  std::int32_t set[kMostOpenSets];
+  T bound[kMostOpenSets];
+};
 
 // One block of rows to search, and the memory to do it in.
 template <class T>
@@ -29,13 +49,14 @@ struct SearchBlock {
   const T* rows;
   std::int64_t count;
   std::int64_t* indices;
-  T* distance;                     // may be null
-  T *centred, *norms;              // in whole tiles
-  Bf16Pair* pairs;                 // the same
-  float* residuals;                // the same
-  T* minima;                       // whole tiles x sets
-  Contest<T>* contests;            // where all codes compete
-  std::int64_t *left, *undecided;  // lists of rows
+  T* distance;         // may be null
+  T *centred, *norms;  // in whole tiles, as the next three
+  Bf16Pair* pairs;
+  float* residuals;
+  T* minima;
+  Contest<T>* contests;
+  OpenSets<T>* open;
+  std::int64_t *left, *chosen, *ordered, *undecided;  // lists of rows
   std::int64_t* undecided_count;
   double *keys, *wide;  // one a row; D x kWideLanes
   int* pause;           // blocks to go before bfloat16 is tried again
@@ -53,6 +74,7 @@ struct ReadRows {
 
 #define FASTGEN_ISA_FILE "vq_nearest_kernel.h"
 #include "foreach_isa.h"
+#include "vq_packing.h"
 
 namespace fastgen {
 
@@ -158,37 +180,58 @@ namespace {
 constexpr std::int64_t kDirectRows = 24;
 
 template <class T>
-struct SearchMemory {
-  std::vector<T> rows, centred, norms, minima;
-  std::vector<Bf16Pair> pairs;
-  std::vector<float> residuals;
-  std::vector<Contest<T>> contests;
-  std::vector<std::int64_t> left, undecided;
-  std::vector<double> keys, wide;
-  std::int64_t undecided_count = 0;
-  int pause = 0;
-
+class SearchMemory {
+ public:
   SearchMemory(std::int64_t count, const PackedCodes<T>& codes)
-      : rows(count * codes.size), undecided(count), keys(count), wide(kWideLanes * codes.size) {
-    if (codes.start == nullptr) {
-      contests.resize(count);
-      return;
-    }
-    centred.resize(count * codes.size);
-    norms.resize(count);
-    minima.resize(count * codes.sets.sets());
-    left.resize(count);
+      : rows_(unwritten<T>(count * codes.size)),
+        contests_(unwritten<Contest<T>>(count)),
+        lists_(unwritten<std::int64_t>(4 * count)),
+        wide_(unwritten<double>(count + kWideLanes * codes.size)),
+        count_(count) {
+    if (codes.start == nullptr) return;
+    centred_ = unwritten<T>(count * (codes.size + 1 + codes.sets.sets()));
+    open_ = unwritten<OpenSets<T>>(count);
     if (codes.pairs == nullptr) return;
-    pairs.resize(count * bf16_pairs(codes.size));
-    residuals.resize(count);
+    pairs_ = unwritten<Bf16Pair>(count * bf16_pairs(codes.size));
+    residuals_ = unwritten<float>(count);
   }
 
-  SearchBlock<T> block(const T* block_rows, std::int64_t count, std::int64_t* indices, T* distance) {
-    return {block_rows,       count,           indices,      distance,
-            centred.data(),   norms.data(),    pairs.data(), residuals.data(),
-            minima.data(),    contests.data(), left.data(),  undecided.data(),
-            &undecided_count, keys.data(),     wide.data(),  &pause};
+  T* rows() { return rows_.get(); }
+
+  SearchBlock<T> block(const T* rows, std::int64_t size, std::int64_t count, std::int64_t* indices, T* distance) {
+    T* centred = centred_.get();
+    std::int64_t* list = lists_.get();
+    return {rows,
+            count,
+            indices,
+            distance,
+            centred,
+            centred + count_ * size,
+            pairs_.get(),
+            residuals_.get(),
+            centred + count_ * (size + 1),
+            contests_.get(),
+            open_.get(),
+            list,
+            list + count_,
+            list + 2 * count_,
+            list + 3 * count_,
+            &undecided_count_,
+            wide_.get(),
+            wide_.get() + count_,
+            &pause_};
   }
+
+ private:
+  std::unique_ptr<T[]> rows_, centred_;
+  std::unique_ptr<Contest<T>[]> contests_;
+  std::unique_ptr<std::int64_t[]> lists_;
+  std::unique_ptr<double[]> wide_;
+  std::unique_ptr<OpenSets<T>[]> open_;
+  std::unique_ptr<Bf16Pair[]> pairs_;
+  std::unique_ptr<float[]> residuals_;
+  std::int64_t count_, undecided_count_ = 0;
+  int pause_ = 0;
 };
 
 template <class T>
@@ -199,13 +242,13 @@ void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes
     SearchMemory<T> memory(step, codes);
     for (std::int64_t b = begin; b < end; ++b) {
       const std::int64_t first = b * step, count = std::min(step, x.rows - first), row = head * x.rows + first;
-      const T* rows = memory.rows.data();
+      const T* rows = memory.rows();
       dispatch_dtype(x.tensor.scalar_type(), "vq", [&](auto* t) {
         using S = std::remove_pointer_t<decltype(t)>;
-        if constexpr (std::is_same_v<acc_t<S>, T>) rows = dense_rows<S>(x, head, first, count, memory.rows.data());
+        if constexpr (std::is_same_v<acc_t<S>, T>) rows = dense_rows<S>(x, head, first, count, memory.rows());
       });
       const SearchBlock<T> block =
-          memory.block(rows, count, indices + row, distance == nullptr ? nullptr : distance + row);
+          memory.block(rows, x.size, count, indices + row, distance == nullptr ? nullptr : distance + row);
       FASTGEN_DISPATCH_ISA(search_block, codes, block);
       if (visit) visit({block.rows, block.indices, codes.codes, row, count, x.size}, head * blocks + b);
     }

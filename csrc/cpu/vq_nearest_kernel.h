@@ -1,5 +1,6 @@
 // Exact nearest-code search over one block of rows, for one instruction set; see vq_nearest.cpp.
 
+#include "vq_packing_kernel.h"
 #include "vq_screen_kernel.h"
 
 namespace fastgen::FASTGEN_ISA_NS {
@@ -126,7 +127,7 @@ inline Vec<T> distances(const T* row, const T* codes, std::int64_t size, int n) 
     const T* e[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      e[i] = codes + std::min(q + i, n - 1) * size;
+      e[i] = codes + (q + i < n ? q + i : n - 1) * size;
       sums[q + i] = V(T(0));
     }
     if (q >= n) continue;
@@ -148,7 +149,7 @@ inline Vec<T> distances(const T* row, const T* codes, std::int64_t size, int n) 
 // Lets codes [first, last) compete.
 template <class T>
 inline void compete(const PackedCodes<T>& c, const T* row, std::int64_t first, std::int64_t last,
-                    Contest<T>& contest) {
+                    const DistanceError<T>& error, Contest<T>& contest) {
   using V = Vec<T>;
   constexpr int w = V::width;
   for (std::int64_t k = first; k < last; k += w) {
@@ -156,8 +157,11 @@ inline void compete(const PackedCodes<T>& c, const T* row, std::int64_t first, s
     const T* codes = c.compared + k * c.size;
     V d = c.cosine ? distances<true>(row, codes, c.size, n) : distances<false>(row, codes, c.size, n);
     if (c.penalty != nullptr) d = d + load_n(c.penalty + k, n);
-    unsigned bits = (d <= V(contest.limit)).bits() & ((1u << n) - 1u);
-    if (bits == 0) continue;
+    const Mask<T> near = (d <= V(contest.limit)) & Mask<T>::first(n);
+    if (!near.any()) continue;
+    // First the limit, so that most of the codes need not be listed.
+    contest.lower(least(select(near, d, V(contest.limit))), error);
+    unsigned bits = (near & (d <= V(contest.limit))).bits();
     alignas(64) T lanes[w];
     store(lanes, d);
     for (; bits != 0; bits &= bits - 1) {
@@ -174,7 +178,8 @@ bool all_finite(const T* row, std::int64_t size) {
 
 // Keeps the answer of a contest; a row without one is listed for compare_all.
 template <class T>
-void settle(const PackedCodes<T>& c, const SearchBlock<T>& b, std::int64_t i, Contest<T>& contest) {
+void settle(const PackedCodes<T>& c, const SearchBlock<T>& b, std::int64_t i) {
+  Contest<T>& contest = b.contests[i];
   contest.drop();
   if (!contest.complete()) {
     b.undecided[(*b.undecided_count)++] = i;
@@ -250,94 +255,95 @@ void compare_all(const PackedCodes<T>& c, const SearchBlock<T>& b) {
   }
 }
 
-// Chooses the code of row i by its minima; false where these leave too many sets open.
+// rows: `count` of the block, to be ordered by the first of their open sets.
 template <class T>
-bool choose(const PackedCodes<T>& c, const SearchBlock<T>& b, const ScreenError<T>& error, std::int64_t i,
-            bool bf16, const T* minima) {
-  // Comparing a set costs a few times as much as screening it in the arithmetic type, and less than by keys.
-  const std::int64_t share = bf16 ? c.sets.sets() / 8 : c.sets.sets() / 2;
-  const int most = static_cast<int>(std::clamp<std::int64_t>(share, 4, kMostOpenSets));
-  const T infinite = std::numeric_limits<T>::infinity(), x = b.norms[i];
-  std::int32_t open[kMostOpenSets];
-  const RowError<T> row = error.row(x, bf16 ? static_cast<T>(b.residuals[i]) : T(0));
-  const T limit = least_score(c, row, bf16, minima);
-  int count = open_sets(c, row, bf16, minima, limit, infinite, most, open);
-  if (count < 0 && !c.cosine) {
-    // A code is farther than the best one, whatever its score, where |e| > |x| + sqrt(best distance).
-    const double distance = static_cast<double>(x) * static_cast<double>(x) + static_cast<double>(limit);
-    const T longest = static_cast<T>(2.01 * (static_cast<double>(x) + std::sqrt(std::max(0.0, distance))));
-    count = open_sets(c, row, bf16, minima, limit, longest, most, open);
-  }
-  if (count < 0) return false;
-  Contest<T> contest;
-  const T* given = b.rows + i * c.size;
-  contest.start(c, given);
-  for (int s = 0; s < count; ++s) {
-    const std::int64_t first = open[s] * c.sets.length;
-    compete(c, given, first, std::min(first + c.sets.length, c.count), contest);
-  }
-  settle(c, b, i, contest);
-  return true;
+void order_by_set(const SearchBlock<T>& b, std::int64_t sets, const std::int64_t* rows, std::int64_t count,
+                  std::int64_t* ordered) {
+  std::int32_t begin[SetLayout::kMostSets + 1] = {};
+  for (std::int64_t i = 0; i < count; ++i) ++begin[b.open[rows[i]].set[0] + 1];
+  for (std::int64_t s = 0; s < sets; ++s) begin[s + 1] += begin[s];
+  for (std::int64_t i = 0; i < count; ++i) ordered[begin[b.open[rows[i]].set[0]]++] = rows[i];
 }
 
-// Screens rows in bfloat16 and lists those that need the arithmetic type.
-inline std::int64_t search_bf16(const PackedCodes<float>& c, const SearchBlock<float>& b) {
-  const ScreenError<float> error(c, true);
-  const std::int64_t padded = whole_tiles(b.count);
-  round_to_bf16(b.centred, padded, c.size, b.pairs, b.residuals);
-  screen_bf16(c.sets, c.pairs, c.start, bf16_pairs(c.size), b.pairs, padded / kBf16TileRows, b.minima);
-  std::int64_t left = 0;
-  for (std::int64_t i = 0; i < b.count; ++i) {
-    if (error.covers(b.norms[i]) && choose(c, b, error, i, true, b.minima + i * c.sets.sets())) continue;
-    b.left[left++] = i;
-  }
-  return left;
-}
-
+// Searches the screened rows b.left[0, left); returns how many of them stay there, as their minima do not help.
 template <class T>
-void search_exact(const PackedCodes<T>& c, const SearchBlock<T>& b, std::int64_t left) {
-  const ScreenError<T> error(c, false);
-  // In place: b.left ascends.
-  for (std::int64_t i = 0; i < left; ++i) {
-    if (b.left[i] != i) std::copy_n(b.centred + b.left[i] * c.size, c.size, b.centred + i * c.size);
-  }
-  screen(c, b.centred, left, b.minima);
+std::int64_t search_sets(const PackedCodes<T>& c, const SearchBlock<T>& b, bool bf16, std::int64_t left) {
+  const ScreenError<T> screen_error(c, bf16);
+  const DistanceError<T> error(c);
+  const auto enter = [&](std::int64_t r, std::int64_t set) {
+    const std::int64_t first = set * c.sets.length;
+    compete(c, b.rows + r * c.size, first, std::min(first + c.sets.length, c.count), error, b.contests[r]);
+  };
+  std::int64_t kept = 0, count = 0;
   for (std::int64_t i = 0; i < left; ++i) {
     const std::int64_t r = b.left[i];
-    if (error.covers(b.norms[r]) && choose(c, b, error, r, false, b.minima + i * c.sets.sets())) continue;
-    b.undecided[(*b.undecided_count)++] = r;
+    const T x = b.norms[r];
+    const RowError<T> row = screen_error.row(x, bf16 ? static_cast<T>(b.residuals[r]) : T(0));
+    if (screen_error.covers(x) && choose_sets(c, row, bf16, b.minima + i * c.sets.sets(), x, b.open[r])) {
+      b.contests[r].start(error, x);
+      b.chosen[count++] = r;
+    } else {
+      b.left[kept++] = r;
+    }
   }
+  // So that the rows of a set find its codes in L1.
+  order_by_set(b, c.sets.sets(), b.chosen, count, b.ordered);
+  for (std::int64_t i = 0; i < count; ++i) enter(b.ordered[i], b.open[b.ordered[i]].set[0]);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t r = b.chosen[i];
+    const OpenSets<T>& open = b.open[r];
+    const double limit = screen_error.score_limit(b.norms[r], b.contests[r].limit);
+    for (int s = 1; s < open.count; ++s) {
+      if (static_cast<double>(open.bound[s]) <= limit) enter(r, open.set[s]);
+    }
+    settle(c, b, r);
+  }
+  return kept;
 }
 
 template <class T>
 void search_screened(const PackedCodes<T>& c, const SearchBlock<T>& b) {
-  centre_rows(c, b.rows, b.count, b.centred, b.norms);
+  const std::int64_t padded = whole_tiles(b.count);
   std::int64_t left = b.count;
+  centre_rows(c, b.rows, b.count, b.centred, b.norms);
+  for (std::int64_t i = 0; i < left; ++i) b.left[i] = i;
   if constexpr (std::is_same_v<T, float>) {
     if (c.pairs != nullptr && *b.pause == 0) {
-      left = search_bf16(c, b);
-      // Data that bfloat16 does not tell apart here seldom does in the next blocks.
-      if (3 * left > b.count) *b.pause = 15;
-      if (left > 0) search_exact(c, b, left);
-      return;
+      round_to_bf16(b.centred, padded, c.size, b.pairs, b.residuals);
+      screen_bf16(c.sets, c.pairs, c.start, bf16_pairs(c.size), b.pairs, padded / kBf16TileRows, b.minima);
+      left = search_sets(c, b, true, left);
+      // Where bfloat16 tells too little apart it seldom does in the next blocks.
+      if (3 * left > b.count) *b.pause = 16;
+      for (std::int64_t i = 0; i < left; ++i) {
+        std::copy_n(b.centred + b.left[i] * c.size, b.left[i] == i ? 0 : c.size, b.centred + i * c.size);
+      }
     }
     if (*b.pause > 0) --*b.pause;
   }
-  for (std::int64_t i = 0; i < left; ++i) b.left[i] = i;
-  search_exact(c, b, left);
+  if (left == 0) return;
+  screen(c, b.centred, left, b.minima);
+  left = search_sets(c, b, false, left);
+  std::copy_n(b.left, left, b.undecided + *b.undecided_count);
+  *b.undecided_count += left;
 }
 
 // Few rows: all codes compete, and nothing is packed.
 template <class T>
 void search_directly(const PackedCodes<T>& c, const SearchBlock<T>& b) {
   constexpr int w = Vec<T>::width;
-  for (std::int64_t i = 0; i < b.count; ++i) b.contests[i].start(c, b.rows + i * c.size);
+  const DistanceError<T> error(c);
+  for (std::int64_t i = 0; i < b.count; ++i) {
+    T square = 0;
+    for (std::int64_t j = 0; c.cosine && j < c.size; ++j)
+      square += b.rows[i * c.size + j] * b.rows[i * c.size + j];
+    b.contests[i].start(error, length_of(square, c.size));
+  }
   for (std::int64_t k = 0; k < c.count; k += w) {
     for (std::int64_t i = 0; i < b.count; ++i) {
-      compete(c, b.rows + i * c.size, k, std::min(k + w, c.count), b.contests[i]);
+      compete(c, b.rows + i * c.size, k, std::min(k + w, c.count), error, b.contests[i]);
     }
   }
-  for (std::int64_t i = 0; i < b.count; ++i) settle(c, b, i, b.contests[i]);
+  for (std::int64_t i = 0; i < b.count; ++i) settle(c, b, i);
 }
 
 template <class T>

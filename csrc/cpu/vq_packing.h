@@ -1,41 +1,18 @@
-// A codebook made ready for the search of vq_nearest.cpp.
+// Makes a codebook ready for the search of vq_nearest.cpp, which includes this after its kernels.
 #pragma once
 
+#include <memory>
 #include <mutex>
 
-#include "vq_screen_bf16.h"
+#include "vq_packed.h"
 
 namespace fastgen {
 
-// One head's codebook, ready for the search. The members below `sets` are those of the screening, and empty
-// without it.
+// Not filled: most of these hold much and are written once.
 template <class T>
-struct PackedCodes {
-  const T* codes;        // K x D, as given
-  const T* compared;     // K x D: the codes, for cosine made to have length one
-  const double* square;  // K, |e|^2 summed in order; for cosine only
-  std::int64_t count, size;
-  bool cosine;
-  bool safe;  // no key of a finite row of ordinary length overflows or underflows
-
-  SetLayout sets;
-  const T* penalty;       // K: 0, or infinite for codes that take no part
-  const T* mean;          // D, what is subtracted from rows
-  const T* start;         // 2 * width a panel: the score before any product; infinite where `penalty` is
-  const T* longest;       // per set, the largest |c|
-  const T* residual;      // per set, the largest |c - bfloat16(c)|; for pairs only
-  double reach;           // the largest |c| of all
-  const Bf16Pair* pairs;  // per panel pairs x 2 * width; null where there is no use for them
-  const T* (*panels)(const void* owner);
-  const void* owner;
-
-  // per panel D x 2 * width
-  const T* exact_panels() const { return panels(owner); }
-};
-
-// Lengths from this to its inverse have products and squares of products in the range of float64; all lengths of
-// float32 vectors are among them.
-constexpr double kSafeLength = 1e-60;
+std::unique_ptr<T[]> unwritten(std::int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
 
 // Owns what PackedCodes points to.
 template <class T>
@@ -65,7 +42,7 @@ class Packing {
     // Cosine: rows stay as they are, since shifting the codes adds the same to all scores of a row.
     if (packed_.cosine) std::fill(mean_.begin(), mean_.end(), T(0));
     packed_.mean = mean_.data();
-    packed_.start = start_.data();
+    packed_.start = start_.get();
     if constexpr (std::is_same_v<T, float>) {
       if (packed_.size >= kLeastBf16Size && bf16_screening()) pack_bf16();
     }
@@ -115,17 +92,16 @@ class Packing {
   // Marks the codes that can never be the answer: those not finite, or equal to an earlier one. Leaving out the
   // latter keeps collapsed codebooks as fast as others.
   void leave_out() {
-    const std::vector<std::uint64_t> factors = hash_factors();
-    std::vector<std::uint64_t> hashes(packed_.count);
+    std::vector<std::uint32_t> hashes(packed_.count);
     out_.resize(packed_.count);
     torch::stable::parallel_for(0, packed_.count, grain(1), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t k = begin; k < end; ++k) out_[k] = !hash(given(k), factors, &hashes[k]);
+      FASTGEN_DISPATCH_ISA(hash_codes, given(0), begin, end, packed_.size, hashes.data(), out_.data());
     });
     std::int64_t slots = 16;
     while (slots < 2 * packed_.count) slots *= 2;
     std::vector<std::int64_t> table(slots, -1);
     for (std::int64_t k = 0; k < packed_.count; ++k) {
-      std::int64_t slot = static_cast<std::int64_t>(hashes[k] >> 20) & (slots - 1);
+      std::int64_t slot = static_cast<std::int64_t>(hashes[k]) & (slots - 1);
       for (; table[slot] >= 0 && !out_[k]; slot = (slot + 1) & (slots - 1)) {
         out_[k] =
             hashes[k] == hashes[table[slot]] && std::equal(given(k), given(k) + packed_.size, given(table[slot]));
@@ -134,39 +110,11 @@ class Packing {
     }
   }
 
-  static std::uint64_t mix(std::uint64_t h) {
-    h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9u;
-    h = (h ^ (h >> 27)) * 0x94D049BB133111EBu;
-    return h ^ (h >> 31);
-  }
-
-  std::vector<std::uint64_t> hash_factors() const {
-    std::vector<std::uint64_t> factors(packed_.size);
-    for (std::int64_t j = 0; j < packed_.size; ++j) factors[j] = mix(static_cast<std::uint64_t>(j) + 1) | 1u;
-    return factors;
-  }
-
-  // Whether a code is finite, and a hash of its values.
-  bool hash(const T* code, const std::vector<std::uint64_t>& factors, std::uint64_t* result) const {
-    std::uint64_t sum = 0;
-    T finite = 0;
-    for (std::int64_t j = 0; j < packed_.size; ++j) {
-      // Adding zero turns -0 into 0, which it equals.
-      const T value = code[j] + T(0);
-      std::uint64_t bits = 0;
-      std::memcpy(&bits, &value, sizeof(T));
-      sum += bits * factors[j];
-      // Zero, or NaN from then on.
-      finite += value - value;
-    }
-    *result = mix(sum);
-    return finite == T(0);
-  }
-
+  // Any point near the codes will do, so that some of them are enough.
   void take_mean() {
     std::vector<double> sum(packed_.size);
     std::int64_t used = 0;
-    for (std::int64_t k = 0; k < packed_.count; ++k) {
+    for (std::int64_t k = 0; k < packed_.count; k += std::max<std::int64_t>(1, packed_.count / 256)) {
       if (out_[k]) continue;
       ++used;
       const T* e = code(k);
@@ -180,56 +128,42 @@ class Packing {
   // The codes as they are scored: c = -2 (e - mean), or -(e - mean) for cosine, and their lengths. Codes left out
   // are zero: values that are not finite would turn their infinite scores into NaN.
   void centre() {
-    centred_.resize(packed_.count * packed_.size);
+    centred_ = unwritten<T>(packed_.count * packed_.size);
     length_.resize(packed_.count);
     penalty_.resize(packed_.count);
     std::vector<T> starts(packed_.count);
-    const T factor = packed_.cosine ? T(-1) : T(-2), infinite = std::numeric_limits<T>::infinity();
-    const double vanished = static_cast<double>(packed_.size) * std::numeric_limits<T>::min();
+    const CentreCodes<T> args{packed_.compared, mean_.data(),  out_.data(),    packed_.size,   packed_.cosine,
+                              centred_.get(),   starts.data(), length_.data(), penalty_.data()};
     torch::stable::parallel_for(0, packed_.count, grain(1), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t k = begin; k < end; ++k) {
-        if (out_[k]) {
-          penalty_[k] = starts[k] = infinite;
-          continue;
-        }
-        const T* e = code(k);
-        T* c = centred_.data() + k * packed_.size;
-        double square = 0;
-        for (std::int64_t j = 0; j < packed_.size; ++j) {
-          c[j] = factor * (e[j] - mean_[j]);
-          square += static_cast<double>(c[j]) * static_cast<double>(c[j]);
-        }
-        starts[k] = packed_.cosine ? T(0) : static_cast<T>(square / 4);
-        length_[k] = std::isfinite(square) ? static_cast<T>(1.001 * std::sqrt(square + vanished)) : infinite;
-      }
+      FASTGEN_DISPATCH_ISA(centre_codes, args, begin, end);
     });
     packed_.reach = static_cast<double>(*std::max_element(length_.begin(), length_.end()));
-    start_.resize(packed_.sets.panels() * 2 * packed_.sets.width);
-    fill_panels(starts.data(), 1, infinite, start_.data());
+    start_ = unwritten<T>(packed_.sets.panels() * 2 * packed_.sets.width);
+    fill_panels(starts.data(), 1, std::numeric_limits<T>::infinity(), start_.get());
   }
 
   void pack_bf16() {
     const std::int64_t pairs = bf16_pairs(packed_.size);
-    std::vector<Bf16Pair> rounded(packed_.count * pairs);
+    const auto rounded = unwritten<Bf16Pair>(packed_.count * pairs);
     std::vector<float> lost(packed_.count);
     torch::stable::parallel_for(0, packed_.count, grain(1), [&](std::int64_t begin, std::int64_t end) {
-      round_to_bf16(centred_.data() + begin * packed_.size, end - begin, packed_.size,
-                    rounded.data() + begin * pairs, lost.data() + begin);
+      round_to_bf16(centred_.get() + begin * packed_.size, end - begin, packed_.size,
+                    rounded.get() + begin * pairs, lost.data() + begin);
     });
-    pairs_.resize(packed_.sets.panels() * 2 * packed_.sets.width * pairs);
-    fill_panels(rounded.data(), pairs, Bf16Pair(0), pairs_.data());
+    pairs_ = unwritten<Bf16Pair>(packed_.sets.panels() * 2 * packed_.sets.width * pairs);
+    fill_panels(rounded.get(), pairs, Bf16Pair(0), pairs_.get());
     residual_ = most_of_sets(lost);
     packed_.residual = residual_.data();
-    packed_.pairs = pairs_.data();
+    packed_.pairs = pairs_.get();
   }
 
   // Packed when first asked for: most codebooks that are screened in bfloat16 never need them.
   const T* panels() const {
     std::call_once(packed_once_, [this] {
-      panels_.resize(packed_.sets.panels() * 2 * packed_.sets.width * packed_.size);
-      fill_panels(centred_.data(), packed_.size, T(0), panels_.data());
+      panels_ = unwritten<T>(packed_.sets.panels() * 2 * packed_.sets.width * packed_.size);
+      fill_panels(centred_.get(), packed_.size, T(0), panels_.get());
     });
-    return panels_.data();
+    return panels_.get();
   }
 
   // Interleaves `size` words of every code by panels.
@@ -262,10 +196,11 @@ class Packing {
 
   std::vector<double> square_;
   std::vector<char> out_;
-  std::vector<T> units_, mean_, centred_, length_, penalty_, start_, longest_, residual_;
-  std::vector<Bf16Pair> pairs_;
+  std::vector<T> units_, mean_, length_, penalty_, longest_, residual_;
+  std::unique_ptr<T[]> centred_, start_;
+  std::unique_ptr<Bf16Pair[]> pairs_;
   mutable std::once_flag packed_once_;
-  mutable std::vector<T> panels_;
+  mutable std::unique_ptr<T[]> panels_;
   PackedCodes<T> packed_;
 };
 

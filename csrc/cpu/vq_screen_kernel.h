@@ -16,25 +16,17 @@ static_assert(kTileRows <= kMaxTileRows && kMaxTileRows % kTileRows == 0);
 template <class T>
 void centre_rows(const PackedCodes<T>& c, const T* rows, std::int64_t count, T* centred, T* norms) {
   using V = Vec<T>;
-  const T rounding = T(1) + static_cast<T>(c.size + 8) * std::numeric_limits<T>::epsilon();
-  const T underflow = static_cast<T>(c.size) * std::numeric_limits<T>::min();
   for (std::int64_t i = 0; i < count; ++i) {
     const T* row = rows + i * c.size;
     T* out = centred + i * c.size;
     V squares(T(0));
-    std::int64_t j = 0;
-    for (; j + V::width <= c.size; j += V::width) {
-      const V x = load(row + j) - load(c.mean + j);
+    for (std::int64_t j = 0; j < c.size; j += V::width) {
+      const int n = static_cast<int>(std::min<std::int64_t>(V::width, c.size - j));
+      const V x = load_lanes(row + j, n) - load_lanes(c.mean + j, n);
       squares = fma(x, x, squares);
-      store(out + j, x);
+      store_lanes(out + j, x, n);
     }
-    if (j < c.size) {
-      const int n = static_cast<int>(c.size - j);
-      const V x = load_n(row + j, n) - load_n(c.mean + j, n);
-      squares = fma(x, x, squares);
-      store_n(out + j, x, n);
-    }
-    norms[i] = std::sqrt(sum(squares) + underflow) * rounding;
+    norms[i] = length_of(sum(squares), c.size);
   }
   std::fill_n(centred + count * c.size, (whole_tiles(count) - count) * c.size, T(0));
 }
@@ -98,7 +90,7 @@ void screen(const PackedCodes<T>& c, const T* rows, std::int64_t count, T* minim
                    });
 }
 
-// f(minimum, error, group): by vectors of sets; codes longer than `longest` need no bound.
+// f(minimum, error, group): by vectors of sets. Codes longer than `longest` need no bound.
 template <class T, class F>
 inline void each_group(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima, T longest,
                        F&& f) {
@@ -107,38 +99,58 @@ inline void each_group(const PackedCodes<T>& c, const RowError<T>& row, bool bf1
     const std::int64_t at = g * V::width;
     const V p = min(V(longest), load(c.longest + at));
     V error = fma(p, fma(p, V(row.curvature), V(row.slope)), V(row.constant));
-    // A bfloat16 has 8 significant bits.
+    // The residual of an ordinary bfloat16 is at most 1 / 256 of it.
     if (bf16) error = fma(min(V(longest / 200), load(c.residual + at)), V(row.residual), error);
     f(load(minima + at), error, g);
   }
 }
 
-// An upper bound of the least score.
+// Lists the sets that can hold a code of score `limit` or less; false where there are more than `most`.
 template <class T>
-inline T least_score(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima) {
+inline bool list_sets(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima, T limit,
+                      T longest, int most, OpenSets<T>& open) {
   using V = Vec<T>;
-  V least_(std::numeric_limits<T>::infinity());
-  each_group(c, row, bf16, minima, std::numeric_limits<T>::infinity(),
-             [&](V minimum, V error, std::int64_t) { least_ = min(least_, minimum + error); });
-  return least(least_);
-}
-
-// Lists the sets that can hold a code of score `limit` or less; -1 where there are more than `most`.
-template <class T>
-inline int open_sets(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima, T limit,
-                     T longest, int most, std::int32_t* list) {
-  using V = Vec<T>;
-  int count = 0;
+  int count = 0, best = 0;
   each_group(c, row, bf16, minima, longest, [&](V minimum, V error, std::int64_t g) {
-    for (unsigned bits = (minimum - error <= V(limit)).bits(); bits != 0; bits &= bits - 1) {
-      if (count >= most) {
-        count = most + 1;
-        return;
-      }
-      list[count++] = static_cast<std::int32_t>(g * V::width + __builtin_ctz(bits));
+    const V bound = minimum - error;
+    unsigned bits = (bound <= V(limit)).bits();
+    if (bits == 0) return;
+    T lanes[V::width];
+    store(lanes, bound);
+    for (; bits != 0 && count <= most; bits &= bits - 1) {
+      if (++count > most) return;
+      const int lane = __builtin_ctz(bits);
+      open.set[count - 1] = static_cast<std::int32_t>(g * V::width + lane);
+      open.bound[count - 1] = lanes[lane];
+      if (lanes[lane] < open.bound[best]) best = count - 1;
     }
   });
-  return count > most ? -1 : count;
+  if (count > most || count == 0) return false;
+  open.count = count;
+  std::swap(open.set[0], open.set[best]);
+  std::swap(open.bound[0], open.bound[best]);
+  return true;
+}
+
+// Whether the minima of a row of length at most x leave few enough sets open; lists them.
+template <class T>
+inline bool choose_sets(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima, T x,
+                        OpenSets<T>& open) {
+  using V = Vec<T>;
+  // Comparing a set costs a few times as much as screening it in the arithmetic type, and less than by keys.
+  const std::int64_t share = bf16 ? c.sets.sets() / 8 : c.sets.sets() / 2;
+  const int most = static_cast<int>(std::clamp<std::int64_t>(share, 4, kMostOpenSets));
+  const T infinite = std::numeric_limits<T>::infinity();
+  V upper(infinite);
+  each_group(c, row, bf16, minima, infinite,
+             [&](V minimum, V error, std::int64_t) { upper = min(upper, minimum + error); });
+  const T limit = least(upper);
+  if (list_sets(c, row, bf16, minima, limit, infinite, most, open)) return true;
+  if (c.cosine) return false;
+  // A code is farther than the best one, whatever its score, where |e| > |x| + sqrt(best distance).
+  const double length = static_cast<double>(x), distance = length * length + static_cast<double>(limit);
+  const T longest = static_cast<T>(2.01 * (length + std::sqrt(std::max(0.0, distance))));
+  return list_sets(c, row, bf16, minima, limit, longest, most, open);
 }
 
 }  // namespace fastgen::FASTGEN_ISA_NS

@@ -9,13 +9,14 @@ namespace fastgen {
 // group holds code v of each of its sets, so that the minimum of the group's vectors is the minimum of every set.
 // Two vectors make a panel.
 struct SetLayout {
+  static constexpr std::int64_t kMostGroups = 16, kMostSets = kMostGroups * 16;
   std::int64_t width, length, groups;
 
   SetLayout() : width(0), length(0), groups(0) {}
 
   SetLayout(std::int64_t count, std::int64_t lanes) : width(lanes) {
     // Short sets are cheap to search, many are costly to choose from.
-    constexpr std::int64_t kShort = 16, kMostGroups = 16;
+    constexpr std::int64_t kShort = 8;
     const std::int64_t most = std::clamp<std::int64_t>(divide_up(count, lanes * kShort), 1, kMostGroups);
     std::int64_t least = std::numeric_limits<std::int64_t>::max();
     // Fewer groups where that leaves less of the last one empty.
