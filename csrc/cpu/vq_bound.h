@@ -26,7 +26,7 @@ struct RowError {
   T slope, curvature, residual, constant;
 };
 
-// The score of a code is s = |e|^2 + <x, c>, c = -2 e, for x and e less the mean (cosine: <x, c>, c = -e / |e|).
+// The score of a code is s = |e|^2 + <x, c>, c = -2 e, for x and e less the centre (cosine: <x, c>, c = -e / |e|).
 // Computed from x^ and c^ in place of x and c it is off by at most
 //     |x - x^| |c| + |x^| |c - c^| + g (|x| |c| + |e|^2) + constant,
 // by Cauchy and Schwarz with the residuals as they are; g = sum_error covers centring and accumulation, and the

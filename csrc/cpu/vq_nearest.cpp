@@ -1,10 +1,12 @@
 // Exact nearest-code search on the CPU, in three steps, each for what the one before leaves open.
 //
-// 1. Screening (vq_screen_kernel.h, vq_screen_bf16.cpp). Codes and rows are centred (which changes no comparison and
+// 1. Screening (vq_screen_kernel.h, vq_screen_bf16.cpp). Codes and rows are centred (which changes no comparison
+// and
 //    removes a common offset), and every code gets a score s = |e|^2 - 2 <x, e>. The codes are cut into sets of a
-//    few consecutive ones (vq_sets.h), and only the least score of each set is kept: one minimum a vector of scores,
-//    no index, no score in memory. The products are bfloat16 where the CPU multiplies these (twice as many a cycle),
-//    else of the arithmetic type T. A score computed from the rounded x^ and c^ (c = -2 e) is off by at most
+//    few consecutive ones (vq_sets.h), and only the least score of each set is kept: one minimum a vector of
+//    scores, no index, no score in memory. The products are bfloat16 where the CPU multiplies these (twice as many
+//    a cycle), else of the arithmetic type T. A score computed from the rounded x^ and c^ (c = -2 e) is off by at
+//    most
 //        E = |x - x^| |c| + |x^| |c - c^| + g (|x| |c| + |e|^2) + constant
 //    with the residuals as they are, g for the accumulation (vq_bound.h). So a set whose least score, less its E,
 //    is above the least of all scores plus E cannot hold the nearest code: usually one set in hundreds stays.
@@ -12,9 +14,9 @@
 //    distance itself. All but one are nearly always out.
 // 3. Codes that T does not tell apart are compared by their keys in float64, which define the answer.
 //
-// Rows for which bfloat16 leaves many sets open are screened again in T, and the next blocks at once. Rows that are
-// still not settled (exact ties everywhere, values near overflow) are compared by the keys of all codes. A handful of
-// rows skips the first step, and with it the packing of the codes.
+// Rows for which bfloat16 leaves many sets open are screened again in T, and the next blocks at once. Rows that
+// are still not settled (exact ties everywhere, values near overflow) are compared by the keys of all codes. A
+// handful of rows skips the first step, and with it the packing of the codes.
 //
 // Cosine is the same search over codes of length one, with s = -<x, e>.
 
@@ -23,12 +25,7 @@
 
 namespace fastgen {
 
-constexpr std::int64_t kMaxTileRows = 8;
 static_assert(kMaxTileRows % kBf16TileRows == 0);
-
-constexpr std::int64_t whole_tiles(std::int64_t rows) {
-  return (rows + kMaxTileRows - 1) / kMaxTileRows * kMaxTileRows;
-}
 
 // Codes whose keys are computed at once where all have to be compared.
 constexpr int kWideLanes = 16;
@@ -62,14 +59,6 @@ struct SearchBlock {
   int* pause;           // blocks to go before bfloat16 is tried again
 };
 
-template <class S>
-struct ReadRows {
-  const S* x;
-  const Tokens* tokens;
-  std::int64_t head, first, count;
-  acc_t<S>* out;
-};
-
 }  // namespace fastgen
 
 #define FASTGEN_ISA_FILE "vq_nearest_kernel.h"
@@ -78,106 +67,10 @@ struct ReadRows {
 
 namespace fastgen {
 
-Tokens::Tokens(const Tensor& x, bool with_heads) : tensor(x), heads(1), head_stride(0) {
-  for (bool copied = false;; copied = true) {
-    const std::int64_t last = tensor.dim() - 1;
-    std::vector<std::int64_t> counts, strides;
-    for (std::int64_t d = with_heads ? 1 : 0; d < last; ++d) {
-      if (tensor.size(d) == 1) continue;
-      if (!counts.empty() && strides.back() == tensor.stride(d) * tensor.size(d)) {
-        counts.back() *= tensor.size(d);
-        strides.back() = tensor.stride(d);
-      } else {
-        counts.push_back(tensor.size(d));
-        strides.push_back(tensor.stride(d));
-      }
-    }
-    if (counts.size() > 2 && !copied) {
-      tensor = torch::stable::contiguous(x);
-      continue;
-    }
-    counts.resize(2, 1);
-    strides.resize(2, 0);
-    if (counts[1] == 1) {
-      std::swap(counts[0], counts[1]);
-      std::swap(strides[0], strides[1]);
-    }
-    size = tensor.size(last);
-    if (with_heads) {
-      heads = tensor.size(0);
-      head_stride = tensor.stride(0);
-    }
-    rows = counts[0] * counts[1];
-    outer_stride = strides[0];
-    inner = std::max<std::int64_t>(1, counts[1]);
-    inner_stride = strides[1];
-    element_stride = tensor.stride(last);
-    return;
-  }
-}
-
-template <class T>
-Codebook<T>::Codebook(const Tensor& codebook)
-    : tensor(torch::stable::contiguous(codebook)),
-      heads(codebook.dim() == 3 ? codebook.size(0) : 1),
-      count(codebook.size(codebook.dim() - 2)),
-      size(codebook.size(codebook.dim() - 1)) {
-  const ScalarType type = acc_type(codebook.scalar_type());
-  if (codebook.scalar_type() == type) return;
-  const Tensor given = tensor;
-  tensor = new_empty(given, sizes(given), type);
-  dispatch_dtype(given.scalar_type(), "vq: codebook", [&](auto* t) {
-    using S = std::remove_pointer_t<decltype(t)>;
-    std::copy_n(data<S>(given), given.numel(), data<T>(tensor));
-  });
-}
-template struct Codebook<float>;
-template struct Codebook<double>;
-
-template <class S>
-const acc_t<S>* dense_rows(const Tokens& tokens, std::int64_t head, std::int64_t first, std::int64_t count,
-                           acc_t<S>* buffer) {
-  const S* x = data<S>(tokens.tensor);
-  if constexpr (std::is_same_v<S, acc_t<S>>) {
-    if (tokens.dense()) return x + tokens.offset(head, first);
-  }
-  const ReadRows<S> args{x, &tokens, head, first, count, buffer};
-  FASTGEN_DISPATCH_ISA(read_rows, args);
-  return buffer;
-}
-#define FASTGEN_DENSE_ROWS(S)                                                                                     \
-  template const acc_t<S>* dense_rows<S>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, acc_t<S>*);
-FASTGEN_DENSE_ROWS(float)
-FASTGEN_DENSE_ROWS(double)
-FASTGEN_DENSE_ROWS(Half)
-FASTGEN_DENSE_ROWS(BFloat16)
-#undef FASTGEN_DENSE_ROWS
-
-std::int64_t block_rows(std::int64_t rows) {
-  const std::int64_t sixteenth = (rows + 15) / 16;
-  return std::clamp<std::int64_t>(whole_tiles(sixteenth), kMaxTileRows, kBlockRows);
-}
-
-std::int64_t block_count(const Tokens& x) {
-  const std::int64_t step = block_rows(x.rows);
-  return x.heads * ((x.rows + step - 1) / step);
-}
-
-void check_codebook(const Tensor& x, const Tensor& codebook, const char* op) {
-  const std::int64_t dims = codebook.dim();
-  STD_TORCH_CHECK(x.is_cpu() && codebook.is_cpu() && x.scalar_type() == codebook.scalar_type(), op,
-                  ": codebook must have the device and dtype of x");
-  STD_TORCH_CHECK(x.dim() >= 1 && (dims == 2 || (dims == 3 && x.dim() == 3 && x.size(0) == codebook.size(0))), op,
-                  ": codebook must be (K, D), or (H, K, D) for x (H, N, D)");
-  STD_TORCH_CHECK(codebook.size(dims - 1) == x.size(x.dim() - 1), op,
-                  ": codebook must have vectors of the size of x's");
-  STD_TORCH_CHECK(codebook.size(dims - 2) > 0, op, ": codebook must have at least one code");
-}
-
 namespace {
 
 // Up to here packing the codes costs more than it saves.
-constexpr std::int64_t kDirectRows = 24;
+constexpr std::int64_t kDirectRows = 48;
 
 template <class T>
 class SearchMemory {

@@ -10,24 +10,6 @@ std::int64_t lane_count() {
   return Vec<T>::width;
 }
 
-template <class S>
-void read_rows(const ReadRows<S>& a) {
-  using T = acc_t<S>;
-  const Tokens& t = *a.tokens;
-  for (std::int64_t i = 0; i < a.count; ++i) {
-    const S* row = a.x + t.offset(a.head, a.first + i);
-    T* out = a.out + i * t.size;
-    if (t.element_stride != 1) {
-      for (std::int64_t j = 0; j < t.size; ++j) out[j] = static_cast<T>(row[j * t.element_stride]);
-      continue;
-    }
-    std::int64_t j = 0;
-    for (; j + Vec<T>::width <= t.size; j += Vec<T>::width) store(out + j, load(row + j));
-    const int rest = static_cast<int>(t.size - j);
-    if (rest > 0) store_n(out + j, load_n(row + j, rest), rest);
-  }
-}
-
 // The float64 key that defines the answer, from the sum of the terms below in order, as in the reference.
 template <class T>
 inline double key_of_sum(const PackedCodes<T>& c, double sum, std::int64_t k) {
@@ -266,9 +248,9 @@ void order_by_set(const SearchBlock<T>& b, std::int64_t sets, const std::int64_t
 }
 
 // Searches the screened rows b.left[0, left); returns how many of them stay there, as their minima do not help.
-template <class T>
-std::int64_t search_sets(const PackedCodes<T>& c, const SearchBlock<T>& b, bool bf16, std::int64_t left) {
-  const ScreenError<T> screen_error(c, bf16);
+template <class T, bool kBf16>
+std::int64_t search_sets(const PackedCodes<T>& c, const SearchBlock<T>& b, std::int64_t left) {
+  const ScreenError<T> screen_error(c, kBf16);
   const DistanceError<T> error(c);
   const auto enter = [&](std::int64_t r, std::int64_t set) {
     const std::int64_t first = set * c.sets.length;
@@ -278,8 +260,8 @@ std::int64_t search_sets(const PackedCodes<T>& c, const SearchBlock<T>& b, bool 
   for (std::int64_t i = 0; i < left; ++i) {
     const std::int64_t r = b.left[i];
     const T x = b.norms[r];
-    const RowError<T> row = screen_error.row(x, bf16 ? static_cast<T>(b.residuals[r]) : T(0));
-    if (screen_error.covers(x) && choose_sets(c, row, bf16, b.minima + i * c.sets.sets(), x, b.open[r])) {
+    const RowError<T> row = screen_error.row(x, kBf16 ? static_cast<T>(b.residuals[r]) : T(0));
+    if (screen_error.covers(x) && choose_sets<T, kBf16>(c, row, b.minima + i * c.sets.sets(), x, b.open[r])) {
       b.contests[r].start(error, x);
       b.chosen[count++] = r;
     } else {
@@ -311,7 +293,7 @@ void search_screened(const PackedCodes<T>& c, const SearchBlock<T>& b) {
     if (c.pairs != nullptr && *b.pause == 0) {
       round_to_bf16(b.centred, padded, c.size, b.pairs, b.residuals);
       screen_bf16(c.sets, c.pairs, c.start, bf16_pairs(c.size), b.pairs, padded / kBf16TileRows, b.minima);
-      left = search_sets(c, b, true, left);
+      left = search_sets<T, true>(c, b, left);
       // Where bfloat16 tells too little apart it seldom does in the next blocks.
       if (3 * left > b.count) *b.pause = 16;
       for (std::int64_t i = 0; i < left; ++i) {
@@ -322,7 +304,7 @@ void search_screened(const PackedCodes<T>& c, const SearchBlock<T>& b) {
   }
   if (left == 0) return;
   screen(c, b.centred, left, b.minima);
-  left = search_sets(c, b, false, left);
+  left = search_sets<T, false>(c, b, left);
   std::copy_n(b.left, left, b.undecided + *b.undecided_count);
   *b.undecided_count += left;
 }

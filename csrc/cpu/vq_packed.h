@@ -18,7 +18,7 @@ struct PackedCodes {
 
   SetLayout sets;
   const T* penalty;       // K: 0, or infinite for codes that take no part
-  const T* mean;          // D, what is subtracted from rows
+  const T* centre;        // D, what is subtracted from rows
   const T* start;         // 2 * width a panel: the score before any product; infinite where `penalty` is
   const T* longest;       // per set, the largest |c|
   const T* residual;      // per set, the largest |c - bfloat16(c)|; for pairs only
@@ -38,7 +38,7 @@ constexpr double kSafeLength = 1e-60;
 // Codes made ready to be scored; see Packing.
 template <class T>
 struct CentreCodes {
-  const T *codes, *mean;
+  const T *codes, *centre;
   const char* out;
   std::int64_t size;
   bool cosine;

@@ -36,12 +36,12 @@ class Packing {
   void prepare_screening(std::int64_t width) {
     packed_.sets = SetLayout(packed_.count, width);
     leave_out();
-    take_mean();
-    centre();
+    take_centre();
+    centre_all();
     packed_.penalty = penalty_.data();
     // Cosine: rows stay as they are, since shifting the codes adds the same to all scores of a row.
-    if (packed_.cosine) std::fill(mean_.begin(), mean_.end(), T(0));
-    packed_.mean = mean_.data();
+    if (packed_.cosine) std::fill(centre_.begin(), centre_.end(), T(0));
+    packed_.centre = centre_.data();
     packed_.start = start_.get();
     if constexpr (std::is_same_v<T, float>) {
       if (packed_.size >= kLeastBf16Size && bf16_screening()) pack_bf16();
@@ -110,30 +110,33 @@ class Packing {
     }
   }
 
-  // Any point near the codes will do, so that some of them are enough.
-  void take_mean() {
-    std::vector<double> sum(packed_.size);
-    std::int64_t used = 0;
-    for (std::int64_t k = 0; k < packed_.count; k += std::max<std::int64_t>(1, packed_.count / 256)) {
-      if (out_[k]) continue;
-      ++used;
-      const T* e = code(k);
-      for (std::int64_t j = 0; j < packed_.size; ++j) sum[j] += static_cast<double>(e[j]);
+  // Any point near the codes will do: the median of some of them, which a few codes far away do not move.
+  void take_centre() {
+    constexpr std::int64_t kSome = 31;
+    const std::int64_t step = (packed_.count + kSome - 1) / kSome;
+    std::vector<std::int64_t> some;
+    for (std::int64_t k = 0; k < packed_.count; k += step) {
+      if (!out_[k]) some.push_back(k);
     }
-    const double share = 1 / static_cast<double>(std::max<std::int64_t>(1, used));
-    mean_.resize(packed_.size);
-    for (std::int64_t j = 0; j < packed_.size; ++j) mean_[j] = static_cast<T>(share * sum[j]);
+    centre_.resize(packed_.size);
+    std::vector<T> values(some.size());
+    for (std::int64_t j = 0; j < packed_.size && !some.empty(); ++j) {
+      for (std::size_t i = 0; i < some.size(); ++i) values[i] = code(some[i])[j];
+      const auto middle = values.begin() + values.size() / 2;
+      std::nth_element(values.begin(), middle, values.end());
+      centre_[j] = *middle;
+    }
   }
 
-  // The codes as they are scored: c = -2 (e - mean), or -(e - mean) for cosine, and their lengths. Codes left out
-  // are zero: values that are not finite would turn their infinite scores into NaN.
-  void centre() {
+  // The codes as they are scored: c = -2 (e - centre), or -(e - centre) for cosine, and their lengths. Codes left
+  // out are zero: values that are not finite would turn their infinite scores into NaN.
+  void centre_all() {
     centred_ = unwritten<T>(packed_.count * packed_.size);
     length_.resize(packed_.count);
     penalty_.resize(packed_.count);
     std::vector<T> starts(packed_.count);
-    const CentreCodes<T> args{packed_.compared, mean_.data(),  out_.data(),    packed_.size,   packed_.cosine,
-                              centred_.get(),   starts.data(), length_.data(), penalty_.data()};
+    const CentreCodes<T> args{packed_.compared, centre_.data(), out_.data(),    packed_.size,   packed_.cosine,
+                              centred_.get(),   starts.data(),  length_.data(), penalty_.data()};
     torch::stable::parallel_for(0, packed_.count, grain(1), [&](std::int64_t begin, std::int64_t end) {
       FASTGEN_DISPATCH_ISA(centre_codes, args, begin, end);
     });
@@ -196,7 +199,7 @@ class Packing {
 
   std::vector<double> square_;
   std::vector<char> out_;
-  std::vector<T> units_, mean_, length_, penalty_, longest_, residual_;
+  std::vector<T> units_, centre_, length_, penalty_, longest_, residual_;
   std::unique_ptr<T[]> centred_, start_;
   std::unique_ptr<Bf16Pair[]> pairs_;
   mutable std::once_flag packed_once_;

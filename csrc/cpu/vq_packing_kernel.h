@@ -49,7 +49,7 @@ void centre_codes(const CentreCodes<T>& a, std::int64_t first, std::int64_t last
     V squares(T(0));
     for (std::int64_t j = 0; j < a.size; j += V::width) {
       const int n = static_cast<int>(std::min<std::int64_t>(V::width, a.size - j));
-      const V x = factor * (load_lanes(a.codes + k * a.size + j, n) - load_lanes(a.mean + j, n));
+      const V x = factor * (load_lanes(a.codes + k * a.size + j, n) - load_lanes(a.centre + j, n));
       squares = fma(x, x, squares);
       store_lanes(c + j, x, n);
     }

@@ -22,7 +22,7 @@ void centre_rows(const PackedCodes<T>& c, const T* rows, std::int64_t count, T* 
     V squares(T(0));
     for (std::int64_t j = 0; j < c.size; j += V::width) {
       const int n = static_cast<int>(std::min<std::int64_t>(V::width, c.size - j));
-      const V x = load_lanes(row + j, n) - load_lanes(c.mean + j, n);
+      const V x = load_lanes(row + j, n) - load_lanes(c.centre + j, n);
       squares = fma(x, x, squares);
       store_lanes(out + j, x, n);
     }
@@ -90,67 +90,60 @@ void screen(const PackedCodes<T>& c, const T* rows, std::int64_t count, T* minim
                    });
 }
 
-// f(minimum, error, group): by vectors of sets. Codes longer than `longest` need no bound.
-template <class T, class F>
-inline void each_group(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima, T longest,
-                       F&& f) {
+// Gives lower bounds of the least scores of the sets, and returns an upper bound of the least of all. Codes longer
+// than `longest` need no bound.
+template <class T, bool kBf16>
+inline T bound_sets(const PackedCodes<T>& c, const RowError<T>& row, const T* minima, T longest, T* bounds) {
   using V = Vec<T>;
-  for (std::int64_t g = 0; g < c.sets.groups; ++g) {
-    const std::int64_t at = g * V::width;
-    const V p = min(V(longest), load(c.longest + at));
-    V error = fma(p, fma(p, V(row.curvature), V(row.slope)), V(row.constant));
+  const V slope(row.slope), curvature(row.curvature), constant(row.constant), residual(row.residual);
+  V upper(std::numeric_limits<T>::infinity());
+  for (std::int64_t s = 0; s < c.sets.sets(); s += V::width) {
+    const V p = min(V(longest), load(c.longest + s)), minimum = load(minima + s);
+    V error = fma(p, fma(p, curvature, slope), constant);
     // The residual of an ordinary bfloat16 is at most 1 / 256 of it.
-    if (bf16) error = fma(min(V(longest / 200), load(c.residual + at)), V(row.residual), error);
-    f(load(minima + at), error, g);
+    if constexpr (kBf16) error = fma(min(V(longest / 200), load(c.residual + s)), residual, error);
+    store(bounds + s, minimum - error);
+    upper = min(upper, minimum + error);
   }
+  return least(upper);
 }
 
-// Lists the sets that can hold a code of score `limit` or less; false where there are more than `most`.
+// Lists the sets that can hold a code of score `limit` or less; false where there are none, or more than `most`.
 template <class T>
-inline bool list_sets(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima, T limit,
-                      T longest, int most, OpenSets<T>& open) {
+inline bool list_sets(const PackedCodes<T>& c, const T* bounds, T limit, int most, OpenSets<T>& open) {
   using V = Vec<T>;
   int count = 0, best = 0;
-  each_group(c, row, bf16, minima, longest, [&](V minimum, V error, std::int64_t g) {
-    const V bound = minimum - error;
-    unsigned bits = (bound <= V(limit)).bits();
-    if (bits == 0) return;
-    T lanes[V::width];
-    store(lanes, bound);
-    for (; bits != 0 && count <= most; bits &= bits - 1) {
-      if (++count > most) return;
-      const int lane = __builtin_ctz(bits);
-      open.set[count - 1] = static_cast<std::int32_t>(g * V::width + lane);
-      open.bound[count - 1] = lanes[lane];
-      if (lanes[lane] < open.bound[best]) best = count - 1;
+  for (std::int64_t s = 0; s < c.sets.sets(); s += V::width) {
+    for (unsigned bits = (load(bounds + s) <= V(limit)).bits(); bits != 0; bits &= bits - 1) {
+      if (count == most) return false;
+      const std::int64_t set = s + __builtin_ctz(bits);
+      open.set[count] = static_cast<std::int32_t>(set);
+      open.bound[count] = bounds[set];
+      if (bounds[set] < open.bound[best]) best = count;
+      ++count;
     }
-  });
-  if (count > most || count == 0) return false;
+  }
   open.count = count;
   std::swap(open.set[0], open.set[best]);
   std::swap(open.bound[0], open.bound[best]);
-  return true;
+  return count > 0;
 }
 
 // Whether the minima of a row of length at most x leave few enough sets open; lists them.
-template <class T>
-inline bool choose_sets(const PackedCodes<T>& c, const RowError<T>& row, bool bf16, const T* minima, T x,
-                        OpenSets<T>& open) {
-  using V = Vec<T>;
+template <class T, bool kBf16>
+inline bool choose_sets(const PackedCodes<T>& c, const RowError<T>& row, const T* minima, T x, OpenSets<T>& open) {
   // Comparing a set costs a few times as much as screening it in the arithmetic type, and less than by keys.
-  const std::int64_t share = bf16 ? c.sets.sets() / 8 : c.sets.sets() / 2;
+  const std::int64_t share = kBf16 ? c.sets.sets() / 8 : c.sets.sets() / 2;
   const int most = static_cast<int>(std::clamp<std::int64_t>(share, 4, kMostOpenSets));
-  const T infinite = std::numeric_limits<T>::infinity();
-  V upper(infinite);
-  each_group(c, row, bf16, minima, infinite,
-             [&](V minimum, V error, std::int64_t) { upper = min(upper, minimum + error); });
-  const T limit = least(upper);
-  if (list_sets(c, row, bf16, minima, limit, infinite, most, open)) return true;
+  T bounds[SetLayout::kMostSets];
+  const T limit = bound_sets<T, kBf16>(c, row, minima, std::numeric_limits<T>::infinity(), bounds);
+  if (list_sets(c, bounds, limit, most, open)) return true;
   if (c.cosine) return false;
   // A code is farther than the best one, whatever its score, where |e| > |x| + sqrt(best distance).
   const double length = static_cast<double>(x), distance = length * length + static_cast<double>(limit);
   const T longest = static_cast<T>(2.01 * (length + std::sqrt(std::max(0.0, distance))));
-  return list_sets(c, row, bf16, minima, limit, longest, most, open);
+  bound_sets<T, kBf16>(c, row, minima, longest, bounds);
+  return list_sets(c, bounds, limit, most, open);
 }
 
 }  // namespace fastgen::FASTGEN_ISA_NS

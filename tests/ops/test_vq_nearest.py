@@ -137,7 +137,7 @@ def test_hard_data_is_exact(data, name, isa):
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("rows", (3, 24, 25))
+@pytest.mark.parametrize("rows", (3, 48, 49))
 def test_few_rows_are_exact(data, rows):
     """Up to some number of rows nothing is packed."""
     for size, count in (2, 300), (17, 257), (64, 130):
