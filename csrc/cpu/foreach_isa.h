@@ -56,7 +56,7 @@
 #endif
 
 #define FASTGEN_DISPATCH_ISA(FUNCTION, ...)                                                                       \
-  (::fastgen::current_isa() == ::fastgen::Isa::kAvx512 ? ::fastgen::avx512::FUNCTION(__VA_ARGS__)                 \
+  (::fastgen::current_isa() >= ::fastgen::Isa::kAvx512 ? ::fastgen::avx512::FUNCTION(__VA_ARGS__)                 \
    : ::fastgen::current_isa() == ::fastgen::Isa::kAvx2 ? ::fastgen::avx2::FUNCTION(__VA_ARGS__)                   \
                                                        : ::fastgen::portable::FUNCTION(__VA_ARGS__))
 

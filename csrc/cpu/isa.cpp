@@ -5,11 +5,25 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fastgen {
 
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+constexpr int kCount = 4;
+
+#if defined(__x86_64__)
+// By hand: not every compiler's __builtin_cpu_supports knows the name.
+bool has_bf16() {
+  if (FASTGEN_BF16 == 0) return false;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1u) != 0;
+}
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -18,7 +32,7 @@ Isa detect() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (avx512) return Isa::kAvx512;
+  if (avx512) return has_bf16() ? Isa::kAvx512Bf16 : Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
   return Isa::kPortable;
@@ -35,10 +49,11 @@ Isa checked(Isa wanted) {
 Isa from_environment() {
   const char* value = std::getenv("FASTGEN_CPU_ISA");
   if (value == nullptr || *value == '\0') return best_isa();
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (std::string(value) == kNames[i]) return checked(static_cast<Isa>(i));
   }
-  throw std::runtime_error(std::string("FASTGEN_CPU_ISA: expected portable, avx2 or avx512, got '") + value + "'");
+  throw std::runtime_error(std::string("FASTGEN_CPU_ISA: expected portable, avx2, avx512 or avx512bf16, got '") +
+                           value + "'");
 }
 
 std::atomic<int> g_isa{-1};
@@ -63,7 +78,7 @@ void force_isa(Isa isa) { g_isa.store(static_cast<int>(checked(isa)), std::memor
 
 const char* isa_name(Isa isa) {
   const int i = static_cast<int>(isa);
-  return i < 0 || i > 2 ? "unknown" : kNames[i];
+  return i < 0 || i >= kCount ? "unknown" : kNames[i];
 }
 
 }  // namespace fastgen

@@ -13,8 +13,8 @@ namespace {
 // Where the compiler must assume that results are read.
 std::atomic<float> g_sink{0};
 
-#if defined(__x86_64__)
-bool has_bf16_dot() { return current_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16"); }
+#if FASTGEN_BF16
+bool has_bf16_dot() { return current_isa() >= Isa::kAvx512Bf16; }
 
 __attribute__((target("avx512f,avx512bf16"))) std::int64_t bf16_dot_chains(std::int64_t repeats) {
   constexpr int kChains = 24;

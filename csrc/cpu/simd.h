@@ -629,6 +629,10 @@ inline auto load_lanes(const S* p, int n) {
   using V = decltype(load(p));
   return n == V::width ? load(p) : load_n(p, n);
 }
+template <class S, class V>
+inline void store_lanes(S* p, V v, int n) {
+  n == V::width ? store(p, v) : store_n(p, v, n);
+}
 
 template <class S, class T>
 inline void store_lanes(S* p, Vec<T> a, int n) {
@@ -713,6 +717,45 @@ inline float least(Vec<float> a) {
   __m128 m = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   m = _mm_min_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_min_ss(m, _mm_movehdup_ps(m)));
+}
+#endif
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <class T>
+inline Vec<T> lane_sums(const Vec<T> (&v)[Vec<T>::width]) {
+  alignas(64) T lanes[Vec<T>::width];
+  for (int i = 0; i < Vec<T>::width; ++i) lanes[i] = sum(v[i]);
+  return Vec<T>::load(lanes);
+}
+#if defined(FASTGEN_SIMD_AVX512)
+template <>
+inline Vec<float> lane_sums(const Vec<float> (&v)[16]) {
+  __m512 quad[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = v[4 * i].v, b = v[4 * i + 1].v, c = v[4 * i + 2].v, d = v[4 * i + 3].v;
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    quad[i] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+  const __m512 low =
+      _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
+  const __m512 high =
+      _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+#elif defined(FASTGEN_SIMD_AVX2)
+template <>
+inline Vec<float> lane_sums(const Vec<float> (&v)[8]) {
+  __m256 quad[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256 a = v[4 * i].v, b = v[4 * i + 1].v, c = v[4 * i + 2].v, d = v[4 * i + 3].v;
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    quad[i] = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  }
+  return _mm256_add_ps(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
+                       _mm256_permute2f128_ps(quad[0], quad[1], 0x31));
 }
 #endif
 

@@ -48,6 +48,13 @@ struct FoundRows {
 
 constexpr std::int64_t kBlockRows = 240;
 
+// Rows that are scored together: blocks hold whole tiles.
+constexpr std::int64_t kMaxTileRows = 8;
+
+constexpr std::int64_t whole_tiles(std::int64_t rows) {
+  return (rows + kMaxTileRows - 1) / kMaxTileRows * kMaxTileRows;
+}
+
 // Rows [first, first + count) of a head, dense and in the arithmetic type: where they lie, if they lie so, else
 // copied to `buffer`.
 template <class S>

@@ -1,16 +1,44 @@
-// Exact nearest-code search on the CPU.
+// Exact nearest-code search on the CPU, in three steps, each for what the one before leaves open.
 //
-// Codes and rows are centred by the mean of the codes (which changes no comparison and removes a common offset)
-// and scored in the arithmetic type T as |e|^2 - 2 <x, e>. The codebook is packed into panels of two vectors of
-// codes with -2 folded in; a tile of rows times one panel is accumulated in registers, starting from |e|^2, and
-// each lane keeps the smallest score, its code and the second smallest: no score is ever stored. A bound on the
-// rounding error of a score then proves the winner, or it does not, and the codes that are within the bound are
-// compared in float64. Cosine is the same search over codes of length one, without |e|^2.
+// 1. Screening (vq_screen_kernel.h, vq_screen_bf16.cpp). Codes and rows are centred (which changes no comparison
+// and
+//    removes a common offset), and every code gets a score s = |e|^2 - 2 <x, e>. The codes are cut into sets of a
+//    few consecutive ones (vq_sets.h), and only the least score of each set is kept: one minimum a vector of
+//    scores, no index, no score in memory. The products are bfloat16 where the CPU multiplies these (twice as many
+//    a cycle), else of the arithmetic type T. A score computed from the rounded x^ and c^ (c = -2 e) is off by at
+//    most
+//        E = |x - x^| |c| + |x^| |c - c^| + g (|x| |c| + |e|^2) + constant
+//    with the residuals as they are, g for the accumulation (vq_bound.h). So a set whose least score, less its E,
+//    is above the least of all scores plus E cannot hold the nearest code: usually one set in hundreds stays.
+// 2. The codes of the open sets compete by |x - e|^2 in T, in which nothing cancels: its error is relative to the
+//    distance itself. All but one are nearly always out.
+// 3. Codes that T does not tell apart are compared by their keys in float64, which define the answer.
+//
+// Rows for which bfloat16 leaves many sets open are screened again in T, and the next blocks at once. Rows that
+// are still not settled (exact ties everywhere, values near overflow) are compared by the keys of all codes. A
+// handful of rows skips the first step, and with it the packing of the codes.
+//
+// Cosine is the same search over codes of length one, with s = -<x, e>.
 
 #include "vq.h"
-#include "vq_packing.h"
+#include "vq_bound.h"
 
 namespace fastgen {
+
+static_assert(kMaxTileRows % kBf16TileRows == 0);
+
+// Codes whose keys are computed at once where all have to be compared.
+constexpr int kWideLanes = 16;
+constexpr int kMostOpenSets = 32;
+
+// The sets of codes that a row's minima leave open, with lower bounds of their scores; the least of these is
+// first.
+template <class T>
+struct OpenSets {
+  int count;
+  std::int32_t set[kMostOpenSets];
+  T bound[kMostOpenSets];
+};
 
 // One block of rows to search, and the memory to do it in.
 template <class T>
@@ -19,169 +47,101 @@ struct SearchBlock {
   std::int64_t count;
   std::int64_t* indices;
   T* distance;         // may be null
-  T *centred, *tile;   // block_rows x D, kMaxTileRows x D
-  double* wide;        // D x panel width
-  T* lanes;            // block_rows x 3 vectors
-  T* norms;            // block_rows
-  std::int64_t* open;  // block_rows
+  T *centred, *norms;  // in whole tiles, as the next three
+  Bf16Pair* pairs;
+  float* residuals;
+  T* minima;
+  Contest<T>* contests;
+  OpenSets<T>* open;
+  std::int64_t *left, *chosen, *ordered, *undecided;  // lists of rows
+  std::int64_t* undecided_count;
+  double *keys, *wide;  // one a row; D x kWideLanes
+  int* pause;           // blocks to go before bfloat16 is tried again
 };
-
-template <class S>
-struct ReadRows {
-  const S* x;
-  const Tokens* tokens;
-  std::int64_t head, first, count;
-  acc_t<S>* out;
-};
-
-constexpr int kMaxTileRows = 12;
 
 }  // namespace fastgen
 
 #define FASTGEN_ISA_FILE "vq_nearest_kernel.h"
 #include "foreach_isa.h"
+#include "vq_packing.h"
 
 namespace fastgen {
 
-Tokens::Tokens(const Tensor& x, bool with_heads) : tensor(x), heads(1), head_stride(0) {
-  for (bool copied = false;; copied = true) {
-    const std::int64_t last = tensor.dim() - 1;
-    std::vector<std::int64_t> counts, strides;
-    for (std::int64_t d = with_heads ? 1 : 0; d < last; ++d) {
-      if (tensor.size(d) == 1) continue;
-      if (!counts.empty() && strides.back() == tensor.stride(d) * tensor.size(d)) {
-        counts.back() *= tensor.size(d);
-        strides.back() = tensor.stride(d);
-      } else {
-        counts.push_back(tensor.size(d));
-        strides.push_back(tensor.stride(d));
-      }
-    }
-    if (counts.size() > 2 && !copied) {
-      tensor = torch::stable::contiguous(x);
-      continue;
-    }
-    counts.resize(2, 1);
-    strides.resize(2, 0);
-    if (counts[1] == 1) {
-      std::swap(counts[0], counts[1]);
-      std::swap(strides[0], strides[1]);
-    }
-    size = tensor.size(last);
-    if (with_heads) {
-      heads = tensor.size(0);
-      head_stride = tensor.stride(0);
-    }
-    rows = counts[0] * counts[1];
-    outer_stride = strides[0];
-    inner = std::max<std::int64_t>(1, counts[1]);
-    inner_stride = strides[1];
-    element_stride = tensor.stride(last);
-    return;
-  }
-}
-
-template <class T>
-Codebook<T>::Codebook(const Tensor& codebook)
-    : tensor(torch::stable::contiguous(codebook)),
-      heads(codebook.dim() == 3 ? codebook.size(0) : 1),
-      count(codebook.size(codebook.dim() - 2)),
-      size(codebook.size(codebook.dim() - 1)) {
-  const ScalarType type = acc_type(codebook.scalar_type());
-  if (codebook.scalar_type() == type) return;
-  const Tensor given = tensor;
-  tensor = new_empty(given, sizes(given), type);
-  dispatch_dtype(given.scalar_type(), "vq: codebook", [&](auto* t) {
-    using S = std::remove_pointer_t<decltype(t)>;
-    std::copy_n(data<S>(given), given.numel(), data<T>(tensor));
-  });
-}
-template struct Codebook<float>;
-template struct Codebook<double>;
-
-template <class S>
-const acc_t<S>* dense_rows(const Tokens& tokens, std::int64_t head, std::int64_t first, std::int64_t count,
-                           acc_t<S>* buffer) {
-  const S* x = data<S>(tokens.tensor);
-  if constexpr (std::is_same_v<S, acc_t<S>>) {
-    if (tokens.dense()) return x + tokens.offset(head, first);
-  }
-  const ReadRows<S> args{x, &tokens, head, first, count, buffer};
-  FASTGEN_DISPATCH_ISA(read_rows, args);
-  return buffer;
-}
-#define FASTGEN_DENSE_ROWS(S)                                                                                     \
-  template const acc_t<S>* dense_rows<S>(const Tokens&, std::int64_t, std::int64_t, std::int64_t, acc_t<S>*);
-FASTGEN_DENSE_ROWS(float)
-FASTGEN_DENSE_ROWS(double)
-FASTGEN_DENSE_ROWS(Half)
-FASTGEN_DENSE_ROWS(BFloat16)
-#undef FASTGEN_DENSE_ROWS
-
-std::int64_t block_rows(std::int64_t rows) {
-  const std::int64_t sixteenth = (rows + 15) / 16;
-  const std::int64_t whole_tiles = (sixteenth + kMaxTileRows - 1) / kMaxTileRows * kMaxTileRows;
-  return std::clamp<std::int64_t>(whole_tiles, kMaxTileRows, kBlockRows);
-}
-
-std::int64_t block_count(const Tokens& x) {
-  const std::int64_t step = block_rows(x.rows);
-  return x.heads * ((x.rows + step - 1) / step);
-}
-
-void check_codebook(const Tensor& x, const Tensor& codebook, const char* op) {
-  const std::int64_t dims = codebook.dim();
-  STD_TORCH_CHECK(x.is_cpu() && codebook.is_cpu() && x.scalar_type() == codebook.scalar_type(), op,
-                  ": codebook must have the device and dtype of x");
-  STD_TORCH_CHECK(x.dim() >= 1 && (dims == 2 || (dims == 3 && x.dim() == 3 && x.size(0) == codebook.size(0))), op,
-                  ": codebook must be (K, D), or (H, K, D) for x (H, N, D)");
-  STD_TORCH_CHECK(codebook.size(dims - 1) == x.size(x.dim() - 1), op,
-                  ": codebook must have vectors of the size of x's");
-  STD_TORCH_CHECK(codebook.size(dims - 2) > 0, op, ": codebook must have at least one code");
-}
-
 namespace {
 
-template <class T>
-struct SearchMemory {
-  std::vector<T> rows, centred, tile, lanes, norms;
-  std::vector<double> wide;
-  std::vector<std::int64_t> open;
+// Up to here packing the codes costs more than it saves.
+constexpr std::int64_t kDirectRows = 48;
 
-  SearchMemory(std::int64_t rows_count, std::int64_t size, std::int64_t width)
-      : rows(rows_count * size),
-        centred(rows_count * size),
-        tile(kMaxTileRows * size),
-        lanes(rows_count * 3 * width),
-        norms(rows_count),
-        wide(size * width),
-        open(rows_count) {}
+template <class T>
+class SearchMemory {
+ public:
+  SearchMemory(std::int64_t count, const PackedCodes<T>& codes)
+      : rows_(unwritten<T>(count * codes.size)),
+        contests_(unwritten<Contest<T>>(count)),
+        lists_(unwritten<std::int64_t>(4 * count)),
+        wide_(unwritten<double>(count + kWideLanes * codes.size)),
+        count_(count) {
+    if (codes.start == nullptr) return;
+    centred_ = unwritten<T>(count * (codes.size + 1 + codes.sets.sets()));
+    open_ = unwritten<OpenSets<T>>(count);
+    if (codes.pairs == nullptr) return;
+    pairs_ = unwritten<Bf16Pair>(count * bf16_pairs(codes.size));
+    residuals_ = unwritten<float>(count);
+  }
+
+  T* rows() { return rows_.get(); }
+
+  SearchBlock<T> block(const T* rows, std::int64_t size, std::int64_t count, std::int64_t* indices, T* distance) {
+    T* centred = centred_.get();
+    std::int64_t* list = lists_.get();
+    return {rows,
+            count,
+            indices,
+            distance,
+            centred,
+            centred + count_ * size,
+            pairs_.get(),
+            residuals_.get(),
+            centred + count_ * (size + 1),
+            contests_.get(),
+            open_.get(),
+            list,
+            list + count_,
+            list + 2 * count_,
+            list + 3 * count_,
+            &undecided_count_,
+            wide_.get(),
+            wide_.get() + count_,
+            &pause_};
+  }
+
+ private:
+  std::unique_ptr<T[]> rows_, centred_;
+  std::unique_ptr<Contest<T>[]> contests_;
+  std::unique_ptr<std::int64_t[]> lists_;
+  std::unique_ptr<double[]> wide_;
+  std::unique_ptr<OpenSets<T>[]> open_;
+  std::unique_ptr<Bf16Pair[]> pairs_;
+  std::unique_ptr<float[]> residuals_;
+  std::int64_t count_, undecided_count_ = 0;
+  int pause_ = 0;
 };
 
 template <class T>
 void search_head(const Tokens& x, std::int64_t head, const PackedCodes<T>& codes, std::int64_t* indices,
                  T* distance, const std::function<void(const FoundRows<T>&, std::int64_t)>& visit) {
   const std::int64_t step = block_rows(x.rows), blocks = (x.rows + step - 1) / step;
-  const std::int64_t width = FASTGEN_DISPATCH_ISA(panel_width<T>);
   torch::stable::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-    SearchMemory<T> memory(step, x.size, width);
+    SearchMemory<T> memory(step, codes);
     for (std::int64_t b = begin; b < end; ++b) {
       const std::int64_t first = b * step, count = std::min(step, x.rows - first), row = head * x.rows + first;
-      const T* rows = memory.rows.data();
+      const T* rows = memory.rows();
       dispatch_dtype(x.tensor.scalar_type(), "vq", [&](auto* t) {
         using S = std::remove_pointer_t<decltype(t)>;
-        if constexpr (std::is_same_v<acc_t<S>, T>) rows = dense_rows<S>(x, head, first, count, memory.rows.data());
+        if constexpr (std::is_same_v<acc_t<S>, T>) rows = dense_rows<S>(x, head, first, count, memory.rows());
       });
-      const SearchBlock<T> block{rows,
-                                 count,
-                                 indices + row,
-                                 distance == nullptr ? nullptr : distance + row,
-                                 memory.centred.data(),
-                                 memory.tile.data(),
-                                 memory.wide.data(),
-                                 memory.lanes.data(),
-                                 memory.norms.data(),
-                                 memory.open.data()};
+      const SearchBlock<T> block =
+          memory.block(rows, x.size, count, indices + row, distance == nullptr ? nullptr : distance + row);
       FASTGEN_DISPATCH_ISA(search_block, codes, block);
       if (visit) visit({block.rows, block.indices, codes.codes, row, count, x.size}, head * blocks + b);
     }
@@ -194,9 +154,9 @@ template <class T>
 void vq_search(const Tokens& x, const Codebook<T>& codebook, bool cosine, std::int64_t* indices, T* distance,
                const std::function<void(const FoundRows<T>&, std::int64_t)>& visit) {
   if (x.rows == 0) return;
+  const std::int64_t lanes = x.rows <= kDirectRows ? 0 : FASTGEN_DISPATCH_ISA(lane_count<T>);
   for (std::int64_t h = 0; h < x.heads; ++h) {
-    const Packing<T> packing(codebook.head(h), codebook.count, codebook.size, FASTGEN_DISPATCH_ISA(panel_width<T>),
-                             cosine);
+    const Packing<T> packing(codebook.head(h), codebook.count, codebook.size, lanes, cosine);
     search_head(x, h, packing.codes(), indices, distance, visit);
   }
 }

@@ -11,16 +11,6 @@ inline void each_vector(std::int64_t size, F&& f) {
 }
 
 template <class S>
-inline auto load_part(const S* p, int n) {
-  return n == Vec<acc_t<S>>::width ? load(p) : load_n(p, n);
-}
-
-template <class S, class V>
-inline void store_part(S* p, V v, int n) {
-  n == V::width ? store(p, v) : store_n(p, v, n);
-}
-
-template <class S>
 void gather_codes(const GatherCodes<S>& a) {
   using T = acc_t<S>;
   const FoundRows<T>& found = *a.found;
@@ -31,9 +21,9 @@ void gather_codes(const GatherCodes<S>& a) {
     S* out = a.quantized + i * found.size;
     CascadeSum<T> squares;
     each_vector<T>(found.size, [&](std::int64_t j, int n) {
-      const Vec<T> x = load_part(row + j, n), e = load_part(code + j, n), difference = x - e;
+      const Vec<T> x = load_lanes(row + j, n), e = load_lanes(code + j, n), difference = x - e;
       // x - x is zero, or NaN where x is not finite.
-      store_part(out + j, e + (x - x), n);
+      store_lanes(out + j, e + (x - x), n);
       squares.add(difference * difference);
     });
     error += static_cast<double>(squares.value());
@@ -49,8 +39,8 @@ void quantize_backward(const QuantizeBackward<S>& a) {
     const std::int64_t at = i * a.size;
     const T* code = a.codes + a.indices[i] * a.size;
     each_vector<T>(a.size, [&](std::int64_t j, int n) {
-      const Vec<T> difference = load_part(a.rows + at + j, n) - load_part(code + j, n);
-      store_part(a.grad_x + at + j, fma(pull, difference, load_part(a.grad + at + j, n)), n);
+      const Vec<T> difference = load_lanes(a.rows + at + j, n) - load_lanes(code + j, n);
+      store_lanes(a.grad_x + at + j, fma(pull, difference, load_lanes(a.grad + at + j, n)), n);
     });
   }
 }

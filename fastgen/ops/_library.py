@@ -20,7 +20,7 @@ from fastgen import _build
 
 #: Names of the instruction sets of the CPU kernels; raw operators `cpu_isa` and `force_cpu_isa`
 #: speak of them by position.
-CPU_ISAS = ("portable", "avx2", "avx512")
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 
 LIBRARY = torch.library.Library("fastgen", "DEF")
 

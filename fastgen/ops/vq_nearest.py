@@ -5,8 +5,9 @@
 
 The search is exact: the answer is the argmin of the keys computed in float64 from the values the
 inputs hold, summed in order over j, the lowest index on ties. It is therefore the same on every
-backend, instruction set and thread count. A fast float32 pass proves it for almost all rows (its
-rounding error is bounded); the others are compared in float64.
+backend, instruction set and thread count. Fast passes in bfloat16 (where the CPU has it) and
+float32 leave few codes that their rounding errors, which are bounded, could hide; those are
+compared in float64.
 
 Shapes: x (..., N, D) with codebook (K, D), or x (H, N, D) with codebook (H, K, D), one dtype of
 float32, float64, float16, bfloat16; indices (..., N) int64; distance (..., N) float32, float64 for

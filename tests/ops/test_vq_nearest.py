@@ -6,10 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastgen import ops
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 
 
 def oracle(x, codebook, metric="euclidean"):
@@ -86,11 +88,32 @@ def huge(n, k, d):
     return torch.randn(n, d) * 1e30, torch.randn(k, d) * 1e30
 
 
+def twins(n, k, d):
+    """Rows about half way between two codes, nearer to one than float32 rounds by: bfloat16 cannot
+    tell which."""
+    half = torch.randn(k // 2 + 1, d)
+    codebook = torch.cat([half, half + 0.05 * torch.randn_like(half)])[:k]
+    which = torch.randint(max(k // 2 - 1, 1), (n, 1)).squeeze(1)
+    a, b = codebook[which], codebook[(which + k // 2 + 1).clamp(max=k - 1)]
+    return a + (b - a) * (0.5 + 0.02 * torch.randn(n, 1)), codebook
+
+
+def near_codes(n, k, d):
+    """What a trained codebook sees."""
+    codebook = torch.randn(k, d)
+    return codebook[torch.randint(k, (n,))] + 0.3 * torch.randn(n, d), codebook
+
+
+def subnormal(n, k, d):
+    return torch.randn(n, d) * 1e-40, torch.randn(k, d) * 1e-40
+
+
 def signed_zeros(n, k, d):
     return torch.randn(n, d) * 0, torch.randn(k, d) * 0
 
 
 DATA = (gaussian, near_duplicates, duplicates, all_equal, grid, unit_sphere, outliers, tiny, huge)
+DATA += (twins, near_codes, subnormal)
 
 
 @pytest.mark.parametrize("size", [*range(1, 18), 64, 100, 257])
@@ -111,6 +134,85 @@ def test_hard_data_is_exact(data, name, isa):
         x, codebook = data(211, count, size)
         assert_exact(x, codebook)
         assert_exact(x.double(), codebook.double())
+
+
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("rows", (3, 48, 49))
+def test_few_rows_are_exact(data, rows):
+    """Up to some number of rows nothing is packed."""
+    for size, count in (2, 300), (17, 257), (64, 130):
+        x, codebook = data(rows, count, size)
+        assert_exact(x, codebook)
+        assert_exact(x.double(), codebook.double())
+        assert_exact(x.bfloat16(), codebook.bfloat16())
+        if data is not grid:
+            assert_exact(x, codebook, "cosine")
+
+
+@pytest.mark.parametrize("size", (4, 5, 64, 257))
+@pytest.mark.parametrize("scale", (1.0, 1e-20, 1e-12, 1e15, 1e18))
+@pytest.mark.parametrize("offset", (0.0, 100.0))
+def test_what_bfloat16_gets_wrong(size, scale, offset):
+    x, codebook = twins(700, 512, size)
+    mean = codebook.mean(0)
+    narrow_x, narrow = (x - mean).bfloat16().double(), (codebook - mean).bfloat16().double()
+    scores = narrow.square().sum(1) - 2 * narrow_x @ narrow.T
+    wrong = (scores.argmin(1) != oracle(x, codebook)[0]).double().mean()
+    assert wrong > 0.03, "these rows prove nothing"
+    assert_exact((x + offset) * scale, (codebook + offset) * scale)
+
+
+@pytest.mark.parametrize("metric", ("euclidean", "cosine"))
+def test_rows_of_all_kinds_in_one_call(metric):
+    """Blocks that bfloat16 cannot settle are followed by such that it can."""
+    codebook = torch.nn.functional.normalize(torch.randn(512, 16), dim=1)
+    clean = codebook[torch.randint(512, (3000,))] * 1.01
+    central = 1e-4 * torch.randn(2000, 16)
+    padding = torch.zeros(300, 16)
+    broken = torch.randn(5, 16)
+    broken[0, 0], broken[2, 1], broken[4, 2] = float("nan"), float("inf"), float("-inf")
+    x = torch.cat([central, clean, padding, broken, central, clean])
+    finite = x.isfinite().all(1)
+    got = ops.vq_nearest(x, codebook, metric=metric, backend="cpu")
+    assert torch.equal(got[finite], oracle(x[finite], codebook, metric)[0])
+    assert not got[~finite].any()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(1, 300),
+    codes=st.integers(1, 700),
+    size=st.integers(1, 40),
+    scales=st.tuples(st.integers(-25, 17), st.integers(-25, 17)),
+    offset=st.sampled_from((0.0, 1.0, 1e3)),
+    data=st.sampled_from(DATA),
+    metric=st.sampled_from(("euclidean", "cosine")),
+    dtype=st.sampled_from((torch.float32, torch.float64, torch.float16, torch.bfloat16)),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_and_scale(rows, codes, size, scales, offset, data, metric, dtype, seed):
+    torch.manual_seed(seed)
+    x, codebook = data(rows, codes, size)
+    x = ((x + offset) * 10.0 ** scales[0]).to(dtype)
+    codebook = ((codebook + offset) * 10.0 ** scales[1]).to(dtype)
+    finite = x.isfinite().all(1) & codebook.isfinite().all()
+    x = x[finite]
+    index = ops.vq_nearest(x, codebook, metric=metric, backend="cpu")
+    reference = ops.vq_nearest(x, codebook, metric=metric, backend="reference")
+    assert torch.equal(index, reference)
+
+
+@pytest.mark.parametrize("data", (gaussian, twins, near_codes, near_duplicates))
+@pytest.mark.parametrize("size", (8, 64))
+def test_never_farther_than_faiss(data, size):
+    faiss = pytest.importorskip("faiss")
+    x, codebook = data(3000, 700, size)
+    ours, (_, theirs) = ops.vq_nearest(x, codebook), faiss.knn(x.numpy(), codebook.numpy(), 1)
+    theirs = torch.from_numpy(theirs[:, 0])
+    differ = ours != theirs
+    x, codebook = x.double()[differ], codebook.double()
+    distances = [(x - codebook[i[differ]]).square().sum(1) for i in (ours, theirs)]
+    assert (distances[0] <= distances[1]).all()
 
 
 @pytest.mark.parametrize("data", [*DATA[:4], *DATA[5:]], ids=lambda f: f.__name__)
