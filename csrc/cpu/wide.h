@@ -73,11 +73,11 @@ FASTGEN_INLINE Vec<float> narrow(Wide<float> a) {
   const __m256 low = _mm256_castps128_ps256(_mm256_cvtpd_ps(a.part[0].v));
   return _mm256_insertf128_ps(low, _mm256_cvtpd_ps(a.part[1].v), 1);
 #else
-  Vec<float> r;
-  for (int i = 0; i < Vec<float>::width; ++i) {
-    r.v[i] = static_cast<float>(a.part[i / Vec<double>::width].v[i % Vec<double>::width]);
-  }
-  return r;
+  double wide[Vec<float>::width];
+  float lanes[Vec<float>::width];
+  for (int i = 0; i < Wide<float>::parts; ++i) a.part[i].store(wide + i * Vec<double>::width);
+  for (int i = 0; i < Vec<float>::width; ++i) lanes[i] = static_cast<float>(wide[i]);
+  return Vec<float>::load(lanes);
 #endif
 }
 
