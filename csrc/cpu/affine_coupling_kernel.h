@@ -24,9 +24,9 @@ FASTGEN_INLINE ScaleTerms<T> scale_terms(Vec<T> raw, T factor) {
   } else {
     V log_scale = raw, slope = one;
     if constexpr (kScale == CouplingScale::kTanh) {
-      const V t = tanh(raw);
-      log_scale = V(factor) * t;
-      slope = V(factor) * fnma(t, t, one);
+      const TanhTerms<T> t = tanh_terms(raw);
+      log_scale = V(factor) * t.tanh;
+      slope = V(factor) * t.slope;
     } else if constexpr (kScale == CouplingScale::kAtan) {
       const T scaled = factor * T(0.63661977236758134308);
       log_scale = V(scaled) * atan(raw);
