@@ -12,7 +12,9 @@ import torch
 from fastgen.ops import _library
 
 FORWARD, BOTH = "forward", "forward+backward"
-COPY = "x.clone()"
+COPY, COPY_ALL = "x.clone()", "copy of what it moves"
+#: Providers that do not do the job of a case, but show how fast memory is.
+COPIES = (COPY, COPY_ALL)
 
 
 @dataclass(frozen=True)

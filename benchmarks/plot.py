@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
-from benchmarks.case import COPY  # noqa: E402
+from benchmarks.case import COPIES  # noqa: E402
 from benchmarks.results import Row, modes_of, read  # noqa: E402
 from benchmarks.roofline import roofline  # noqa: E402
 from fastgen.ops._library import CPU_ISAS  # noqa: E402
@@ -48,7 +48,7 @@ def plot_results(folder: Path) -> list[Path]:
 
 def _speed(table: Sequence[Row], title: str) -> plt.Figure:
     """A line a case: a bar to the fastest alternative, a dot for each other one."""
-    table = [row for row in table if row["provider"] != COPY]
+    table = [row for row in table if row["provider"] not in COPIES]
     places, labels, height = {}, {}, 0.0
     for op in dict.fromkeys(row["op"] for row in table):
         labels[height] = op

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.case import COPY
+from benchmarks.case import COPIES
 from benchmarks.results import ROOT, Row, machine_name, read
 
 Group = list[Row]
@@ -21,7 +21,7 @@ def groups(folder: Path) -> Iterator[Group]:
     for path in sorted(folder.glob("*.csv")):
         found: dict[tuple[str, ...], Group] = {}
         for row in read(path):
-            if not row["note"] and row["provider"] != COPY:
+            if not row["note"] and row["provider"] not in COPIES:
                 key = tuple(row[c] for c in ("op", "size", "mode", "threads", "isa"))
                 found.setdefault(key, []).append(row)
         for group in found.values():

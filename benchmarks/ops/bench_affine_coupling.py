@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.case import Provider
+from benchmarks.case import COPY_ALL, Provider
 from benchmarks.flow_peers import affine_peers
 from benchmarks.harness import Case
 from fastgen import ops
@@ -15,7 +15,7 @@ from fastgen.ops.affine_coupling import SCALES
 # As many bytes as the forward reads and writes, twice those of x.clone(). With a backward it is no
 # floor.
 COPY_OF_ALL = {
-    "copy of what it moves": Provider(
+    COPY_ALL: Provider(
         torch.clone, prepare=lambda x, raw_scale, shift: (torch.cat((x, raw_scale)),), grad=(0,)
     )
 }
