@@ -83,7 +83,9 @@ def sources(folder: str) -> list[str]:
 
 
 def headers() -> list[str]:
-    return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*h"))]
+    """Those of the kernels; csrc/emulation is for tests only."""
+    found = [p for part in ("common", "cpu", "cuda") for p in (ROOT / "csrc" / part).glob("*.*h")]
+    return [str(p.relative_to(ROOT)) for p in sorted(found)]
 
 
 def headers_digest() -> str:
