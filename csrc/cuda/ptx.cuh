@@ -46,6 +46,13 @@ __device__ __forceinline__ float cos_approx(float x) {
   return y;
 }
 
+// *to = quad in one access; nvcc makes four of the assignment.
+__device__ __forceinline__ void store_quad(uint4* to, uint4 quad) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(quad.x), "r"(quad.y), "r"(quad.z),
+               "r"(quad.w)
+               : "memory");
+}
+
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }

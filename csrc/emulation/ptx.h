@@ -15,6 +15,8 @@ inline float sqrt_approx(float x) { return std::sqrt(x); }
 inline float sin_approx(float x) { return std::sin(x); }
 inline float cos_approx(float x) { return std::cos(x); }
 
+inline void store_quad(uint4* to, uint4 quad) { *to = quad; }
+
 namespace emulation {
 
 // Registers of one lane, and the tile they are part of.
