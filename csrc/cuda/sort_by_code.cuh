@@ -39,7 +39,7 @@ struct Sort {
 };
 
 // One block a tile.
-__global__ void __launch_bounds__(kSortThreads) count_digits_kernel(const Sort a) {
+static __global__ void __launch_bounds__(kSortThreads) count_digits_kernel(const Sort a) {
   FASTGEN_SHARED(int, count, [kDigits]);
   count[threadIdx.x] = 0;
   __syncthreads();
@@ -71,7 +71,7 @@ __device__ __forceinline__ int sum_before(int value, int* total) {
 }
 
 // One block: counts become the places of the first row of each digit of each tile.
-__global__ void __launch_bounds__(kSortThreads) place_digits_kernel(const Sort a) {
+static __global__ void __launch_bounds__(kSortThreads) place_digits_kernel(const Sort a) {
   const int count = kDigits * a.tiles;
   int place = 0;
   for (int first = 0; first < count; first += kSortThreads) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kSortThreads) place_digits_kernel(const Sort a
 }
 
 // One block a tile.
-__global__ void __launch_bounds__(kSortThreads) scatter_digits_kernel(const Sort a) {
+static __global__ void __launch_bounds__(kSortThreads) scatter_digits_kernel(const Sort a) {
   FASTGEN_SHARED(int, place, [kDigits]);
   // Of each warp and digit: how many rows, then the place of the first.
   FASTGEN_SHARED(int, of_warp, [kSortWarps][kDigits]);

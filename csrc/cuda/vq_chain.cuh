@@ -14,7 +14,7 @@
 namespace fastgen::vq {
 
 constexpr int kThreads = 256;
-constexpr std::int64_t kMostSize = std::int64_t{1} << 20, kMostCodes = std::int64_t{1} << 30, kMostHeads = 65535;
+constexpr std::int64_t kMostSize = std::int64_t{1} << 20, kMostCodes = std::int64_t{1} << 26, kMostHeads = 65535;
 
 struct Device {
   int multiprocessors;
@@ -165,8 +165,10 @@ void search_rows(Run& run, const Device& device, const Plan& plan, std::int64_t 
                   m.row_image, m.row_facts});
   run_screen(run, plan, Screen{p, m.row_image, m.code_image, m.start, plan.splits, m.minima, plan.parts()}, heads);
   const dim3 settle_grid(blocks_for(p.rows, kSettleThreads / 32), head_count);
-  const auto settle = chunk_codes(p.shape.width) == 4 ? settle_kernel<4, S> : settle_kernel<8, S>;
-  run(settle, settle_grid, kSettleThreads, 0, search);
+  const bool four = chunk_codes(p.shape.width) == 4;
+  const auto euclidean = four ? settle_kernel<4, false, S> : settle_kernel<8, false, S>;
+  const auto cosine = four ? settle_kernel<4, true, S> : settle_kernel<8, true, S>;
+  run(p.cosine ? cosine : euclidean, settle_grid, kSettleThreads, 0, search);
   const dim3 open_grid(std::min(blocks_for(p.rows, kOpenRows), 4u * device.multiprocessors), head_count);
   run(open_rows_kernel<S>, open_grid, kOpenThreads, 0, search);
 }

@@ -21,7 +21,7 @@ __device__ inline double sum_block(const double* values, std::int64_t first, std
   return sum;
 }
 
-__global__ void sum_errors_kernel(const double* errors, std::int64_t rows, double* sums) {
+static __global__ void sum_errors_kernel(const double* errors, std::int64_t rows, double* sums) {
   const std::int64_t first = blockIdx.x * kLossRows;
   const double sum = sum_block(errors, first, first + kLossRows < rows ? first + kLossRows : rows);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;

@@ -55,12 +55,14 @@ __device__ __forceinline__ void offer_scores(const float* products, const float*
 #pragma unroll
     for (int i = 0; i < kPerChunk; ++i) {
       const int group = c * kPerChunk + i;
-      float2 from = make_float2(0, 0);
+      float2 from;
       if constexpr (!kFolded) from = *reinterpret_cast<const float2*>(start + 8 * group);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float* two = products + 4 * group + 2 * r;
-        const float low = fminf(two[0] + from.x, two[1] + from.y);
+        float2 two = make_float2(products[4 * group + 2 * r], products[4 * group + 2 * r + 1]);
+        // Adding zero is not nothing to the compiler: it turns -0 into 0.
+        if constexpr (!kFolded) two = make_float2(two.x + from.x, two.y + from.y);
+        const float low = fminf(two.x, two.y);
         least[r] = i == 0 ? low : fminf(least[r], low);
       }
     }

@@ -14,7 +14,7 @@ void check_codebook(const Tensor& x, const Tensor& codebook, const char* op) {
   const Sizes sizes = sizes_of(x, codebook);
   STD_TORCH_CHECK(sizes.codes > 0, op, ": codebook must have at least one code");
   STD_TORCH_CHECK(sizes.size <= kMostSize && sizes.codes <= kMostCodes && sizes.heads <= kMostHeads, op,
-                  ": more than 2^20 elements, 2^30 codes or 65535 heads");
+                  ": more than 2^20 elements, 2^26 codes or 65535 heads");
 }
 
 Sizes sizes_of(const Tensor& x, const Tensor& codebook) {

@@ -41,8 +41,9 @@ struct Search {
 
 // The float64 key that defines the answer: terms in order, no fma.
 template <class S>
-__device__ double exact_key(const S* x, const S* e, int size, bool cosine) {
+__device__ __forceinline__ double exact_key(const S* x, const S* e, int size, bool cosine) {
   double sum = 0, square = 0;
+#pragma unroll 2
   for (int j = 0; j < size; ++j) {
     const double a = static_cast<double>(widen(x[j])), b = static_cast<double>(widen(e[j]));
     if (cosine) {
@@ -114,10 +115,12 @@ __device__ __forceinline__ void fold_warp(T (&value)[kValues], int lane) {
 // The lanes whose code of a chunk can be the nearest by arithmetic in T. Lane l has code l / (32 / kChunk), which
 // is left out from `count` on.
 template <int kChunk, class S>
-__device__ unsigned possible_in_chunk(const S* x, const S* chunk, int count, int size, bool cosine, int lane) {
+__device__ __forceinline__ unsigned possible_in_chunk(const S* x, const S* chunk, int count, int size, bool cosine,
+                                                      int lane) {
   using T = acc_t<S>;
   constexpr T kEpsilon = std::is_same_v<T, double> ? T(0x1p-52) : T(0x1p-23);
   T value[kChunk] = {}, squares[kChunk] = {}, length = 0;
+#pragma unroll 2
   for (int j = lane; j < size; j += 32) {
     const T a = widen(x[j]);
     length += a * a;
@@ -156,7 +159,8 @@ __device__ unsigned possible_in_chunk(const S* x, const S* chunk, int count, int
 
 // Writes the results of a row, of which the whole warp knows the answer.
 template <class S>
-__device__ void write_row(const Search<S>& a, std::int64_t head, std::int64_t r, std::int64_t index, int lane) {
+__device__ __forceinline__ void write_row(const Search<S>& a, bool cosine, std::int64_t head, std::int64_t r,
+                                          std::int64_t index, int lane) {
   using T = acc_t<S>;
   const std::int64_t at = head * a.head_rows + a.first + r;
   const int size = a.problem.shape.size;
@@ -165,6 +169,7 @@ __device__ void write_row(const Search<S>& a, std::int64_t head, std::int64_t r,
   const S* x = a.row(head, r);
   const S* e = a.code(head, index);
   double sum = 0, square_x = 0, square_e = 0;
+#pragma unroll 2
   for (int j = lane; j < size; j += 32) {
     const T p = widen(x[j]), q = widen(e[j]);
     if (a.quantized != nullptr) {
@@ -172,7 +177,7 @@ __device__ void write_row(const Search<S>& a, std::int64_t head, std::int64_t r,
       narrow(q + (p - p), a.quantized + at * size + j);
       const T difference = p - q;
       sum += static_cast<double>(difference) * static_cast<double>(difference);
-    } else if (a.problem.cosine) {
+    } else if (cosine) {
       sum += static_cast<double>(p) * static_cast<double>(q);
       square_x += static_cast<double>(p) * static_cast<double>(p);
       square_e += static_cast<double>(q) * static_cast<double>(q);
@@ -186,12 +191,12 @@ __device__ void write_row(const Search<S>& a, std::int64_t head, std::int64_t r,
     if (lane == 0) a.errors[at] = sum;
     return;
   }
-  if (a.problem.cosine) {
+  if (cosine) {
     square_x = warp_sum(square_x);
     square_e = warp_sum(square_e);
     // Written so that NaN stays.
-    const double cosine = square_x == 0 || square_e == 0 ? 0 : sum / sqrt(square_x) / sqrt(square_e);
-    sum = cosine > 1 ? 0 : 2 - 2 * cosine;
+    const double similarity = square_x == 0 || square_e == 0 ? 0 : sum / sqrt(square_x) / sqrt(square_e);
+    sum = similarity > 1 ? 0 : 2 - 2 * similarity;
     if (sum > 4) sum = 4;
   }
   if (lane == 0) a.distance[at] = static_cast<T>(sum);
@@ -199,71 +204,86 @@ __device__ void write_row(const Search<S>& a, std::int64_t head, std::int64_t r,
 
 constexpr int kSettleThreads = 256;
 
-// One warp a row. blockIdx.y: the head.
-template <int kChunk, class S>
-__global__ void __launch_bounds__(kSettleThreads, 2) settle_kernel(const Search<S> a) {
-  const int lane = threadIdx.x % 32, size = a.problem.shape.size;
-  const std::int64_t r = std::int64_t{blockIdx.x} * (kSettleThreads / 32) + threadIdx.x / 32, head = blockIdx.y;
-  if (r >= a.problem.rows) return;
-  const std::int64_t codes = a.problem.codes;
-  const HeadFacts facts = a.facts[head];
-  const RowFacts row = a.row_facts[head * a.problem.rows + r];
-  const float gap = certain_gap(a.problem, facts, row);
-  const bool finite = row.length == row.length && facts.first_finite != 0;
-  if (!finite || row.length == kIndifferent) {
-    return write_row(a, head, r, finite ? codes - facts.first_finite : 0, lane);
-  }
-
-  const Minimum* minima = a.minima + (head * a.problem.rows + r) * a.parts;
-  Best mine;
-  for (int p = lane; p < a.parts; p += 32) {
-    const Minimum m = minima[p];
-    mine.second = fminf(mine.second, m.second);
-    mine.offer(m.best, m.chunk);
-  }
-  const float best = -warp_max(-mine.best);
-  // Twice, for the rounding of the sum; infinite where nothing is known.
-  const bool known = row.length != kBeyond && best < INFINITY;
-  const float limit = known ? best + 2 * gap : INFINITY;
-  const unsigned candidates = __ballot_sync(kAllLanes, mine.best <= limit);
-  const int count = __popc(candidates);
-  if (__any_sync(kAllLanes, mine.second <= limit) || count * kChunk > 32) {
-    if (lane != 0) return;
-    const std::int64_t at = head * a.problem.rows + atomicAdd(a.open_count + head, 1);
-    a.open_rows[at] = static_cast<int>(r);
-    a.open_limit[at] = limit;
-    return;
-  }
-
-  const S* x = a.row(head, r);
+// The nearest of the codes of one chunk; the whole warp gets it.
+template <int kChunk, bool kCosine, class S>
+__device__ __forceinline__ std::int64_t nearest_in_chunk(const Search<S>& a, std::int64_t head, const S* x,
+                                                         int chunk, int lane) {
+  constexpr int kLanes = 32 / kChunk;
+  const int size = a.problem.shape.size;
+  const std::int64_t first = std::int64_t{chunk} * kChunk, k = first + lane / kLanes;
+  const int count = a.problem.codes - first < kChunk ? static_cast<int>(a.problem.codes - first) : kChunk;
+  const unsigned possible = possible_in_chunk<kChunk>(x, a.code(head, first), count, size, kCosine, lane);
+  const int lowest = (__ffs(possible) - 1) / kLanes;
+  if (possible == ((1u << kLanes) - 1) << lowest * kLanes) return first + lowest;
   Nearest nearest;
-  if (count == 1) {
-    const std::int64_t first = std::int64_t{__shfl_sync(kAllLanes, mine.chunk, __ffs(candidates) - 1)} * kChunk;
-    const int whole = codes - first < kChunk ? static_cast<int>(codes - first) : kChunk;
-    const unsigned possible =
-        possible_in_chunk<kChunk>(x, a.code(head, first), whole, size, a.problem.cosine, lane);
-    constexpr int kLanes = 32 / kChunk;
-    const int own = lane / kLanes;
-    constexpr unsigned kOne = kLanes == 32 ? kAllLanes : (1u << kLanes) - 1;
-    const int lowest = (__ffs(possible) - 1) / kLanes;
-    if (possible == kOne << lowest * kLanes) return write_row(a, head, r, first + lowest, lane);
-    if ((possible >> lane & 1) != 0 && lane % kLanes == 0) {
-      nearest.offer(exact_key(x, a.code(head, first + own), size, a.problem.cosine), first + own);
-    }
-  } else {
-    // The codes of candidate chunk c are those of lanes [c, c + 1) * kChunk.
-    unsigned left = candidates;
-    for (int c = 0; c < lane / kChunk; ++c) left &= left - 1;
-    const int source = left == 0 ? 0 : __ffs(left) - 1;
-    const std::int64_t k = std::int64_t{__shfl_sync(kAllLanes, mine.chunk, source)} * kChunk + lane % kChunk;
-    if (left != 0 && k < codes) nearest.offer(exact_key(x, a.code(head, k), size, a.problem.cosine), k);
+  if ((possible >> lane & 1) != 0 && lane % kLanes == 0) {
+    nearest.offer(exact_key(x, a.code(head, k), size, kCosine), k);
   }
   nearest.join_warp();
-  write_row(a, head, r, nearest.index, lane);
+  return nearest.index;
 }
 
-constexpr int kOpenRows = 16, kOpenThreads = 256, kOpenGroups = 2;
-constexpr int kOpenColumns = kOpenThreads / 32 * 8 * kOpenGroups;
+// The nearest of the codes of several chunks, those of the lanes in `candidates`: at most 32 codes.
+template <int kChunk, bool kCosine, class S>
+__device__ __forceinline__ std::int64_t nearest_in_chunks(const Search<S>& a, std::int64_t head, const S* x,
+                                                          int chunk, unsigned candidates, int lane) {
+  // The codes of the c-th of them are those of lanes [c, c + 1) * kChunk.
+  for (int c = 0; c < lane / kChunk; ++c) candidates &= candidates - 1;
+  const int source = candidates == 0 ? 0 : __ffs(candidates) - 1;
+  const std::int64_t k = std::int64_t{__shfl_sync(kAllLanes, chunk, source)} * kChunk + lane % kChunk;
+  Nearest nearest;
+  if (candidates != 0 && k < a.problem.codes) {
+    nearest.offer(exact_key(x, a.code(head, k), a.problem.shape.size, kCosine), k);
+  }
+  nearest.join_warp();
+  return nearest.index;
+}
+
+// One warp a row. blockIdx.y: the head.
+template <int kChunk, bool kCosine, class S>
+__global__ void __launch_bounds__(kSettleThreads, kCosine || sizeof(S) == 8 ? 2 : 4)
+    settle_kernel(const Search<S> a) {
+  const int lane = threadIdx.x % 32;
+  const std::int64_t r = std::int64_t{blockIdx.x} * (kSettleThreads / 32) + threadIdx.x / 32, head = blockIdx.y;
+  if (r >= a.problem.rows) return;
+  const std::int64_t at = head * a.problem.rows + r;
+  const HeadFacts facts = a.facts[head];
+  const RowFacts row = a.row_facts[at];
+  std::int64_t index = 0;
+  if (row.length == kIndifferent && facts.first_finite != 0) {
+    index = a.problem.codes - facts.first_finite;
+  } else if (row.length >= 0 && facts.first_finite != 0) {
+    Best mine;
+#pragma unroll 1
+    for (int p = lane; p < a.parts; p += 32) {
+      const Minimum m = a.minima[at * a.parts + p];
+      mine.second = fminf(mine.second, m.second);
+      mine.offer(m.best, m.chunk);
+    }
+    const float best = -warp_max(-mine.best);
+    // Infinite where nothing is known. The gap has room for the rounding of the sum.
+    const bool known = row.length != kBeyond && best < INFINITY;
+    const float limit = known ? best + certain_gap(a.problem, facts, row) : INFINITY;
+    const unsigned candidates = __ballot_sync(kAllLanes, mine.best <= limit);
+    if (__any_sync(kAllLanes, mine.second <= limit) || __popc(candidates) * kChunk > 32) {
+      if (lane != 0) return;
+      const std::int64_t to = head * a.problem.rows + atomicAdd(a.open_count + head, 1);
+      a.open_rows[to] = static_cast<int>(r);
+      a.open_limit[to] = limit;
+      return;
+    }
+    const S* x = a.row(head, r);
+    const int chunk = __shfl_sync(kAllLanes, mine.chunk, __ffs(candidates) - 1);
+    index = __popc(candidates) == 1 ? nearest_in_chunk<kChunk, kCosine>(a, head, x, chunk, lane)
+                                    : nearest_in_chunks<kChunk, kCosine>(a, head, x, mine.chunk, candidates, lane);
+  }
+  write_row(a, kCosine, head, r, index, lane);
+}
+
+constexpr int kOpenRows = 16, kOpenThreads = 512, kOpenWarps = kOpenThreads / 32;
+// Columns of the code image that a warp scores at once, and how many of their scores it can keep for later.
+constexpr int kOpenGroups = 4, kOpenColumns = 8 * kOpenGroups, kOpenList = 640;
+static_assert(kCodeTile % kOpenColumns == 0 && kOpenList > kOpenRows * kOpenColumns);
 
 // 32 bits of an image row: elements 2 w, 2 w + 1.
 __device__ __forceinline__ std::uint32_t image_word(const unsigned char* image, const ImageShape& s, int tile_rows,
@@ -271,41 +291,59 @@ __device__ __forceinline__ std::uint32_t image_word(const unsigned char* image, 
   return *reinterpret_cast<const std::uint32_t*>(image + image_offset(s, tile_rows, row, w / 4) + w % 4 * 4);
 }
 
-// Order-preserving: comparing these as unsigned compares the numbers; -0 is 0.
+// Comparing these as unsigned compares the numbers; -0 is 0.
 __device__ __forceinline__ unsigned long long ordered_bits(double x) {
   const auto bits = static_cast<unsigned long long>(__double_as_longlong(x + 0.0));
   return (bits >> 63) != 0 ? ~bits : bits | 1ull << 63;
 }
 
-// kOpenRows open rows at a time against all codes: those within the limit of a row are compared in float64.
-// blockIdx.y: the head.
+// The least key met for each open row of a block, and the lowest code with it.
+struct Leaders {
+  static constexpr unsigned long long kNone = ~0ull;
+  static constexpr int kNoCode = 0x7fffffff;
+  unsigned long long key[kOpenRows];
+  int code[kOpenRows];
+
+  // By all lanes of a warp, none of them for another warp's leaders; `row` is ignored where the key is kNone.
+  __device__ __forceinline__ void offer(int row, unsigned long long candidate, int k) {
+    const bool real = candidate != kNone;
+    const unsigned long long before = real ? key[row] : 0;
+    __syncwarp();
+    if (real) atomicMin(&key[row], candidate);
+    __syncwarp();
+    const unsigned long long now = real ? key[row] : 0;
+    if (now != before) atomicExch(&code[row], kNoCode);
+    __syncwarp();
+    if (real && now == candidate) atomicMin(&code[row], k);
+    __syncwarp();
+  }
+};
+
+// kOpenRows open rows at a time against all codes: those within the limit of a row are compared in float64. Warps
+// take columns in turn and do not wait for each other. blockIdx.y: the head.
 template <class S>
 __global__ void __launch_bounds__(kOpenThreads) open_rows_kernel(const Search<S> a) {
-  // The least key of each row so far, the code it belongs to, and the key that code was found for.
-  FASTGEN_SHARED(unsigned long long, least, [kOpenRows]);
-  FASTGEN_SHARED(unsigned long long, settled, [kOpenRows]);
-  FASTGEN_SHARED(int, index, [kOpenRows]);
-  FASTGEN_SHARED(int, found, );
-  FASTGEN_SHARED(int, list, [kOpenRows * kOpenColumns]);
-  FASTGEN_SHARED(unsigned long long, keys, [kOpenRows * kOpenColumns]);
-  constexpr unsigned long long kNone = ~0ull;
+  FASTGEN_SHARED(Leaders, leaders, [kOpenWarps]);
+  FASTGEN_SHARED(int, lists, [kOpenWarps][kOpenList]);
+  FASTGEN_SHARED(int, found, [kOpenWarps]);
   const ImageShape s = a.problem.shape;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int chunk = chunk_codes(s.width);
-  const std::int64_t head = blockIdx.y, count = a.open_count[head];
+  const std::int64_t head = blockIdx.y, count = a.open_count[head], columns = a.problem.padded_codes();
   const int* rows = a.open_rows + head * a.problem.rows;
   const float* limits = a.open_limit + head * a.problem.rows;
   const unsigned char* row_image = a.row_image + head * a.problem.row_image_bytes();
   const unsigned char* code_image = a.code_image + head * a.problem.code_image_bytes();
-  const float* start = a.start + head * a.problem.padded_codes();
+  const float* start = a.start + head * columns;
 
   for (std::int64_t first = std::int64_t{blockIdx.x} * kOpenRows; first < count;
        first += std::int64_t{gridDim.x} * kOpenRows) {
-    if (threadIdx.x < kOpenRows) {
-      least[threadIdx.x] = settled[threadIdx.x] = kNone;
-      index[threadIdx.x] = 0x7fffffff;
+    if (lane < kOpenRows) {
+      leaders[warp].key[lane] = Leaders::kNone;
+      leaders[warp].code[lane] = Leaders::kNoCode;
     }
-    if (threadIdx.x == 0) found = 0;
+    if (lane == 0) found[warp] = 0;
+    __syncwarp();
     // Of rows g and g + 8; there is always a first one.
     int row[2];
     float limit[2];
@@ -314,54 +352,62 @@ __global__ void __launch_bounds__(kOpenThreads) open_rows_kernel(const Search<S>
       row[i] = rows[at < count ? at : first];
       limit[i] = at < count ? limits[at] : -INFINITY;
     }
-    __syncthreads();
-    for (std::int64_t column = 0; column < a.problem.padded_codes(); column += kOpenColumns) {
+    // Entries of the list: column * kOpenRows + row.
+    const auto compare_list = [&] {
+      const int candidates = found[warp];
+      for (int i = lane; i - lane < candidates; i += 32) {
+        unsigned long long key = Leaders::kNone;
+        int local = 0, k = 0;
+        if (i < candidates) {
+          local = lists[warp][i] % kOpenRows;
+          k = static_cast<int>(code_of_column(lists[warp][i] / kOpenRows, chunk));
+          const double exact =
+              exact_key(a.row(head, rows[first + local]), a.code(head, k), s.size, a.problem.cosine);
+          if (exact > -INFINITY && exact < INFINITY) key = ordered_bits(exact);
+        }
+        leaders[warp].offer(local, key, k);
+      }
+      if (lane == 0) found[warp] = 0;
+      __syncwarp();
+    };
+    for (std::int64_t column = warp * kOpenColumns; column < columns; column += kOpenWarps * kOpenColumns) {
       float score[kOpenGroups][4] = {};
-      const std::int64_t mine = column + warp * 8 * kOpenGroups;
+#pragma unroll 4
       for (int w = 0; w < s.depth / 2; w += 8) {
         std::uint32_t x[4];
         for (int i = 0; i < 4; ++i) x[i] = image_word(row_image, s, kRowTile, row[i % 2], w + t + i / 2 * 4);
         for (int n = 0; n < kOpenGroups; ++n) {
           std::uint32_t e[2];
-          for (int i = 0; i < 2; ++i) e[i] = image_word(code_image, s, kCodeTile, mine + n * 8 + g, w + t + i * 4);
+          for (int i = 0; i < 2; ++i)
+            e[i] = image_word(code_image, s, kCodeTile, column + n * 8 + g, w + t + i * 4);
           mma_m16n8k16_f16(score[n], x, e, score[n]);
         }
       }
       for (int n = 0; n < kOpenGroups; ++n) {
         for (int i = 0; i < 4; ++i) {
-          const std::int64_t at = mine + n * 8 + 2 * t + i % 2, k = code_of_column(at, chunk);
+          const std::int64_t at = column + n * 8 + 2 * t + i % 2;
           const float total = score[n][i] + (s.folded ? 0.0f : start[at]);
-          if (k < a.problem.codes && (total <= limit[i / 2] || limit[i / 2] == INFINITY)) {
-            list[atomicAdd(&found, 1)] = (g + i / 2 * 8) * kOpenColumns + static_cast<int>(at - column);
-          }
+          if (!(total <= limit[i / 2] || limit[i / 2] == INFINITY)) continue;
+          if (code_of_column(at, chunk) >= a.problem.codes) continue;
+          lists[warp][atomicAdd(&found[warp], 1)] = static_cast<int>(at) * kOpenRows + g + i / 2 * 8;
         }
       }
-      __syncthreads();
-      const int candidates = found;
-      for (int i = threadIdx.x; i < candidates; i += kOpenThreads) {
-        const int local = list[i] / kOpenColumns;
-        const std::int64_t k = code_of_column(column + list[i] % kOpenColumns, chunk);
-        const double key = exact_key(a.row(head, rows[first + local]), a.code(head, k), s.size, a.problem.cosine);
-        keys[i] = key > -INFINITY && key < INFINITY ? ordered_bits(key) : kNone;
-        atomicMin(&least[local], keys[i]);
-      }
-      __syncthreads();
-      if (threadIdx.x < kOpenRows && least[threadIdx.x] != settled[threadIdx.x]) {
-        settled[threadIdx.x] = least[threadIdx.x];
-        index[threadIdx.x] = 0x7fffffff;
-      }
-      if (threadIdx.x == 0) found = 0;
-      __syncthreads();
-      for (int i = threadIdx.x; i < candidates; i += kOpenThreads) {
-        const int local = list[i] / kOpenColumns;
-        if (keys[i] != kNone && keys[i] == least[local]) {
-          atomicMin(&index[local], static_cast<int>(code_of_column(column + list[i] % kOpenColumns, chunk)));
-        }
-      }
-      __syncthreads();
+      __syncwarp();
+      if (found[warp] > kOpenList - kOpenRows * kOpenColumns) compare_list();
     }
-    for (int local = warp; local < kOpenRows && first + local < count; local += kOpenThreads / 32) {
-      write_row(a, head, rows[first + local], least[local] == kNone ? 0 : index[local], lane);
+    compare_list();
+    __syncthreads();
+    if (warp == 0) {
+      for (int other = 1; other < kOpenWarps; ++other) {
+        const int local = lane % kOpenRows;
+        leaders[0].offer(local, lane < kOpenRows ? leaders[other].key[local] : Leaders::kNone,
+                         leaders[other].code[local]);
+      }
+    }
+    __syncthreads();
+    for (int local = warp; local < kOpenRows && first + local < count; local += kOpenWarps) {
+      const bool known = leaders[0].key[local] != Leaders::kNone;
+      write_row(a, a.problem.cosine, head, rows[first + local], known ? leaders[0].code[local] : 0, lane);
     }
     __syncthreads();
   }
