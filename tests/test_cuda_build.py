@@ -1,6 +1,7 @@
 """The CUDA module: built where nvcc is, independent of CUDA's shared libraries, for every
 architecture, and on a GPU equal to the CPU kernels."""
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -109,6 +110,42 @@ def test_no_kernel_spills(source, tmp_path):
     assert {arch for _, arch in kernels} == set(ARCHS), done.stderr
     assert len(spills) >= len(kernels)
     assert set(spills) == {("0", "0")}, done.stderr
+
+
+#: Of kernels by name: the architecture to look at, and instructions that each of them must have.
+INSTRUCTIONS = {
+    "screen_sm90_kernel": ("sm_90a", ("HGMMA.64x128x16.F32", "UBLKCP", "STG.E.128")),
+    "screen_mma_kernel": ("sm_80", ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128")),
+    "pack_rows_kernel": ("sm_80", ("LDG.E.128", "STG.E.128")),
+    "pack_codes_kernel": ("sm_80", ("LDG.E.128", "STG.E.128")),
+    "settle_kernel": ("sm_80", ("LDG.E.128",)),
+    "grad_rows_kernel": ("sm_80", ("LDG.E.128", "STG.E.128")),
+}
+
+
+@functools.cache
+def machine_code(arch):
+    """The disassembly of each kernel."""
+    command = [CUOBJDUMP, "-sass", "-arch", arch, MODULE]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = text.split("Function : ")[1:]
+    return {part.partition("\n")[0].strip(): part for part in parts}
+
+
+@needs_module
+@pytest.mark.skipif(CUOBJDUMP is None, reason="there is no cuobjdump here (CUDA toolkit or Triton)")
+@pytest.mark.parametrize("kernel", INSTRUCTIONS)
+def test_kernels_have_the_instructions_they_are_made_for(kernel):
+    arch, wanted = INSTRUCTIONS[kernel]
+    if float(arch.strip("sm_a")) / 10 not in map(
+        float, re.findall(r"\d+\.\d+", RECORD["cuda_archs"])
+    ):
+        pytest.skip(f"this build has no code for {arch}")
+    found = {name: code for name, code in machine_code(arch).items() if kernel in name}
+    assert found
+    for name, code in found.items():
+        missing = [instruction for instruction in wanted if instruction not in code]
+        assert not missing, name
 
 
 # --- on a GPU ----------------------------------------------------------------------------------

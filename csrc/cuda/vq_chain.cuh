@@ -140,12 +140,13 @@ struct Scratch {
 
 template <class S, class Run>
 void prepare_codes(Run& run, const Problem& p, std::int64_t heads, const S* codes, const Scratch<S>& m) {
-  const auto head_count = static_cast<unsigned>(heads), columns = p.shape.size <= 8 ? 8u : 32u;
+  const auto head_count = static_cast<unsigned>(heads), columns = p.shape.size <= 8 ? 8u : 32u,
+             column_blocks = std::max(1u, blocks_for(p.shape.size, columns));
   run.zero(m.facts, m.zeroed);
   run(identify_codes_kernel<S>, dim3(blocks_for(p.codes, kThreads / 32), head_count), kThreads, 0,
       IdentifyCodes<S>{codes, p, m.scales, m.table, m.slots, m.slot_of, m.facts});
   const CentreCodes<S> centre{codes, p, m.scales, static_cast<int>(m.segments), m.columns, m.centre, m.facts};
-  const dim3 column_grid(static_cast<unsigned>(m.segments), blocks_for(p.shape.size, columns), head_count);
+  const dim3 column_grid(static_cast<unsigned>(m.segments), column_blocks, head_count);
   run(column_facts_kernel<S>, column_grid, kColumnThreads, 0, centre);
   run(centre_codes_kernel<S>, dim3(head_count), kColumnThreads, 0, centre);
   const dim3 pack_grid(blocks_for(p.padded_codes(), kThreads / lanes_of_row(p.shape)), head_count);

@@ -28,7 +28,7 @@ constexpr int kMostFolded = 1024;
 constexpr float kFoldFactor = 16;
 
 FASTGEN_HD inline ImageShape image_shape(int size) {
-  const int depth = (size + 15) / 16 * 16, width = depth <= 16 ? 32 : depth <= 32 ? 64 : 128;
+  const int depth = size == 0 ? 16 : (size + 15) / 16 * 16, width = depth <= 16 ? 32 : depth <= 32 ? 64 : 128;
   return {size, depth, width, (2 * depth + width - 1) / width, depth - size >= 3 && size <= kMostFolded};
 }
 

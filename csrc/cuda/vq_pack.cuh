@@ -224,15 +224,11 @@ __global__ void centre_codes_kernel(const CentreCodes<S> a) {
 template <class S>
 __device__ __forceinline__ void load_eight(const S* row, int first, int size, acc_t<S> (&to)[8]) {
   if (first + 8 <= size && reinterpret_cast<std::uintptr_t>(row + first) % 16 == 0) {
-    return widen(*reinterpret_cast<const Vector<S, 8>*>(row + first), to);
+    return widen(read_vector<true, 8>(row + first, 0, 8), to);
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) to[i] = first + i < size ? widen(row[first + i]) : acc_t<S>(0);
 }
-
-struct Halves {
-  alignas(16) __half element[8];
-};
 
 // Lanes that share a row of an image: enough for its pieces, a power of two, at most a warp.
 FASTGEN_HD inline int lanes_of_row(const ImageShape& s) {
@@ -284,20 +280,29 @@ __global__ void pack_codes_kernel(const PackCodes<S> a) {
   for (int p = lane; p < pieces; p += lanes) {
     acc_t<S> e[8] = {};
     if (used) load_eight(a.codes + at * s.size, p * 8, s.size, e);
-    Halves packed;
+    double value[8] = {};
+    float single[8], rounded[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int j = p * 8 + i;
-      double value = 0;
-      if (used && j < s.size)
-        value = factor * (scale * static_cast<double>(e[i]) - static_cast<double>(a.centre[head * s.size + j]));
-      packed.element[i] = __float2half_rn(static_cast<float>(value));
-      const double rounded = static_cast<double>(__half2float(packed.element[i])), lost = value - rounded;
-      square += value * value;
-      length += rounded * rounded;
+      if (used && j < s.size) {
+        const double mean = static_cast<double>(a.centre[head * s.size + j]);
+        value[i] = factor * (scale * static_cast<double>(e[i]) - mean);
+      }
+      single[i] = static_cast<float>(value[i]);
+    }
+    const Vector<__half, 8> packed = narrow<__half>(single);
+    widen(packed, rounded);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const double kept = static_cast<double>(rounded[i]), lost = value[i] - kept;
+      square += value[i] * value[i];
+      length += kept * kept;
       residual += lost * lost;
     }
-    if (column < padded) *reinterpret_cast<Halves*>(image + image_offset(s, kCodeTile, column, p)) = packed;
+    if (column < padded) {
+      *reinterpret_cast<Vector<__half, 8>*>(image + image_offset(s, kCodeTile, column, p)) = packed;
+    }
   }
   square = warp_sum(square, lanes);
   const float lost = static_cast<float>(sqrt(warp_sum(residual, lanes))) * 1.0001f;
@@ -380,23 +385,27 @@ __global__ void pack_rows_kernel(const PackRows<S> a) {
   for (int p = lane; p < pieces; p += lanes) {
     T value[8] = {};
     if (exists) load_eight(x, p * 8, s.size, value);
-    Halves packed;
+    float scaled[8] = {}, rounded[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int j = p * 8 + i;
-      float scaled = 0;
       if (covered && j < s.size) {
         const T mean = a.problem.cosine ? T(0) : a.centre[head * s.size + j];
-        scaled = static_cast<float>((value[i] - mean) * scale);
+        scaled[i] = static_cast<float>((value[i] - mean) * scale);
       }
-      largest = fmaxf(largest, fabsf(scaled));
-      packed.element[i] = __float2half_rn(scaled);
-      const float rounded = __half2float(packed.element[i]), lost = scaled - rounded;
-      length = fmaf(rounded, rounded, length);
+      largest = fmaxf(largest, fabsf(scaled[i]));
+    }
+    const Vector<__half, 8> packed = narrow<__half>(scaled);
+    widen(packed, rounded);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float lost = scaled[i] - rounded[i];
+      length = fmaf(rounded[i], rounded[i], length);
       residual = fmaf(lost, lost, residual);
     }
-    if (row < a.problem.padded_rows())
-      *reinterpret_cast<Halves*>(image + image_offset(s, kRowTile, row, p)) = packed;
+    if (row < a.problem.padded_rows()) {
+      *reinterpret_cast<Vector<__half, 8>*>(image + image_offset(s, kRowTile, row, p)) = packed;
+    }
   }
   constexpr float kMostHalf = 65504;
   largest = warp_max(largest, lanes);

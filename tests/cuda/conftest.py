@@ -1,5 +1,5 @@
-"""Sanitized programs of tests/cpp/emulation; the kernels of vector quantization on the host emulator,
-and their float64 oracle."""
+"""Sanitized programs of tests/cpp/emulation; the kernels of vector quantization on the host
+emulator, and their float64 oracle."""
 
 import os
 import shutil

@@ -201,5 +201,7 @@ def test_the_order_of_threads_does_not_matter(vq, hopper):
             assert torch.equal(a, b)
 
 
-def test_no_rows(vq):
-    assert vq.search(torch.empty(0, 3), torch.randn(4, 3)).indices.shape == (0,)
+def test_no_rows_and_no_elements(vq, hopper):
+    assert vq.search(torch.empty(0, 3), torch.randn(4, 3), hopper=hopper).indices.shape == (0,)
+    empty = vq.search(torch.empty(5, 0), torch.empty(4, 0), hopper=hopper, distance=True)
+    assert not empty.indices.any() and not empty.distance.any()
