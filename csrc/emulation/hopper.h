@@ -1,6 +1,6 @@
 // The functions of csrc/cuda/hopper.cuh on the host. What is asynchronous happens as late as the kernel allows: a
 // copy when the phase of its barrier ends, a product of a warpgroup when its group is waited for. Until then the
-// destination is poisoned.
+// destination is poisoned, and operands may not change.
 #pragma once
 
 #include "ptx.h"
@@ -33,8 +33,8 @@ inline const unsigned char* shared_base() {
   return static_cast<const unsigned char*>(self().block->dynamic_shared.data());
 }
 
-// One half of an operand by its descriptor.
-inline float matrix_element(std::uint64_t descriptor, int row, int k) {
+// Bits of element k of a row of an operand, by its descriptor.
+inline std::uint16_t matrix_bits(std::uint64_t descriptor, int row, int k) {
   const int swizzle = static_cast<int>(descriptor >> 62), width = swizzle == 1 ? 128 : swizzle == 2 ? 64 : 32;
   const std::uint64_t stride = (descriptor >> 32 & 0x3fff) << 4;
   std::uint64_t at = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * width + 2 * k;
@@ -42,15 +42,35 @@ inline float matrix_element(std::uint64_t descriptor, int row, int k) {
   if (at + 2 > self().block->dynamic_shared.size()) throw KernelError("wgmma reads past shared memory");
   std::uint16_t bits;
   std::memcpy(&bits, shared_base() + at, 2);
-  return torch::headeronly::Half(bits, torch::headeronly::Half::from_bits());
+  return bits;
+}
+
+inline float matrix_element(std::uint64_t descriptor, int row, int k) {
+  return torch::headeronly::Half(matrix_bits(descriptor, row, k), torch::headeronly::Half::from_bits());
 }
 
 struct Product {
   float* d;
   std::uint64_t a, b;
   bool accumulate;
+  Site site;
+  std::uint64_t operands;  // in the first thread of the warpgroup: what they were when the product began
+
+  std::uint64_t checksum() const {
+    std::uint64_t sum = 0;
+    for (int row = 0; row < 128; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        if (row < 64) sum = sum * 31 + matrix_bits(a, row, k);
+        sum = sum * 31 + matrix_bits(b, row, k);
+      }
+    }
+    return sum;
+  }
 
   void run(int rank) {
+    if (rank == 0 && checksum() != operands) {
+      throw KernelError("operands changed under " + Call{"wgmma", 0, site}.text());
+    }
     const int row = rank / 32 * 16 + rank % 32 / 4, column = rank % 4 * 2;
     for (int i = 0; i < 64; ++i) {
       const int r = row + i / 2 % 2 * 8, c = i / 4 * 8 + column + i % 2;
@@ -118,11 +138,14 @@ inline void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barr
 
 inline void wgmma_fence() {}
 
-inline void wgmma_m64n128k16_f16(float (&d)[64], std::uint64_t a, std::uint64_t b, bool accumulate) {
+inline void wgmma_m64n128k16_f16(float (&d)[64], std::uint64_t a, std::uint64_t b, bool accumulate,
+                                 emulation::Site site = emulation::Site::here()) {
   emulation::Products& mine = emulation::products();
   if (mine.open.empty() && mine.groups.empty()) mine.values.assign(d, d + 64);
   std::memset(d, 0xff, sizeof(d));
-  mine.open.push_back({d, a, b, accumulate});
+  emulation::Product product{d, a, b, accumulate, site, 0};
+  if (emulation::self().rank % emulation::kWarpgroup == 0) product.operands = product.checksum();
+  mine.open.push_back(product);
 }
 
 inline void wgmma_commit(emulation::Site site = emulation::Site::here()) {

@@ -12,7 +12,8 @@ bounded, could hide; those are compared in float64.
 Shapes: x (..., N, D) with codebook (K, D), or x (H, N, D) with codebook (H, K, D), one dtype of
 float32, float64, float16, bfloat16; indices (..., N) int64; distance (..., N) float32, float64 for
 float64 inputs. Memory beyond inputs and results is O(K * D), on GPUs with a buffer of bounded size
-for rows, never N * K. Gradients: none, both results are constants (vq_quantize has them). Backends: cuda, cpu, reference.
+for rows, never N * K. Gradients: none, both results are constants (vq_quantize has them). Backends:
+cuda, cpu, reference.
 
 Values that are not finite: a code whose key is not finite (it holds NaN or infinity) is never
 chosen while another code's key is finite. A row without any finite key (it holds NaN or infinity)
