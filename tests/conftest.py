@@ -89,13 +89,13 @@ def compiled(request):
 
 @pytest.fixture(scope="session")
 def native(compiled):
-    """native(name): the pybind11 module tests/cpp/<name>.cpp: test-only access to what is below the
-    operators."""
+    """native(name, optimization): the pybind11 module tests/cpp/<name>.cpp: test-only access to
+    what is below the operators."""
     pybind11 = pytest.importorskip("pybind11")
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
 
-    def load(name):
-        target = compiled(f"{name}.cpp", ".so", "-O3", "-shared", "-fPIC", *includes)
+    def load(name, optimization="-O3"):
+        target = compiled(f"{name}.cpp", ".so", optimization, "-shared", "-fPIC", *includes)
         spec = importlib.util.spec_from_file_location(Path(name).name, target)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -27,16 +27,6 @@ struct Launch {
 
   explicit Launch(const Tensor& t) : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
 
-  // Starts a kernel; nothing where there are no blocks.
-  template <class... Parameters, class... Args>
-  void operator()(void (*kernel)(Parameters...), std::int64_t blocks, unsigned threads,
-                  const Args&... args) const {
-    STD_TORCH_CHECK(blocks <= std::numeric_limits<std::int32_t>::max(), "too many elements for one launch");
-    if (blocks == 0) return;
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(args...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
  private:
   static cudaStream_t current_stream(std::int32_t device) {
     void* stream = nullptr;

@@ -3,6 +3,7 @@
 #include "normal.cuh"
 
 #include "arguments.h"
+#include "run.h"
 
 namespace fastgen {
 namespace {
@@ -15,12 +16,11 @@ Tensor normal(const Tensor& key, std::vector<std::int64_t> size, ScalarType dtyp
     count *= n;
   }
   Tensor out = torch::stable::new_empty(key, size, dtype);
-  if (count == 0) return out;
   const Tensor dense = torch::stable::contiguous(key);
-  const Launch launch(key);
+  Run run(key);
   dispatch_dtype(dtype, "normal", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    normal_values(data<const std::int64_t>(dense), count, data<S>(out), launch);
+    normal_values(data<const std::int64_t>(dense), count, data<S>(out), run);
   });
   return out;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "noise.cuh"
+#include "rows.cuh"
 
 namespace fastgen {
 
@@ -28,10 +29,11 @@ __global__ void __launch_bounds__(kNormalThreads)
   }
 }
 
-template <class S, class Launcher>
-void normal_values(const std::int64_t* key, std::int64_t count, S* out, const Launcher& launch) {
+template <class S, class Run>
+void normal_values(const std::int64_t* key, std::int64_t count, S* out, Run& run) {
   constexpr std::int64_t kBlock = std::int64_t{kNormalVectors} * kNormalThreads * kVector<S>;
-  launch(normal_kernel<S>, (count + kBlock - 1) / kBlock, kNormalThreads, key, count, out);
+  if (count == 0) return;
+  run(normal_kernel<S>, grid_of((count + kBlock - 1) / kBlock), kNormalThreads, 0, key, count, out);
 }
 
 }  // namespace fastgen

@@ -9,6 +9,7 @@
 
 #include "../common/rows.h"
 #include "arguments.h"
+#include "run.h"
 
 namespace fastgen {
 namespace {
@@ -40,7 +41,7 @@ struct NoiseSource {
 std::tuple<Tensor, Tensor> reparam_kl_fwd(const Tensor& mu, const Tensor& logvar, std::optional<Tensor> noise,
                                           std::optional<Tensor> key) {
   check_like(logvar, mu, "reparam_kl: logvar");
-  const Launch launch(mu);
+  Run run(mu);
   const Rows mus(mu), logvars(logvar);
   const NoiseSource source(noise, key, mu);
   const ScalarType sums = acc_type(mu.scalar_type());
@@ -51,8 +52,7 @@ std::tuple<Tensor, Tensor> reparam_kl_fwd(const Tensor& mu, const Tensor& logvar
     const ReparamForward<S> args{mus.row<S>(0),  logvars.row<S>(0), source.values<S>(), mus.stride,
                                  logvars.stride, source.stride(),   mus.count,          mus.size,
                                  source.words(), data<S>(z),        data<acc_t<S>>(kl)};
-    const Tensor partial = torch::stable::new_empty(mu, {reparam_partial_sums(args)}, sums);
-    reparam_forward(args, data<acc_t<S>>(partial), launch);
+    reparam_forward(args, run);
   });
   return {z, kl};
 }
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> reparam_kl_bwd(const Tensor& grad_z, const Te
   check_like(logvar, mu, "reparam_kl: logvar");
   check_like(grad_z, mu, "reparam_kl: grad_z");
   check_shape(grad_kl, mu, {mu.size(0)}, acc_type(mu.scalar_type()), "reparam_kl: grad_kl");
-  const Launch launch(mu);
+  Run run(mu);
   const Rows gzs(grad_z), mus(mu), logvars(logvar);
   const Tensor gkl = torch::stable::contiguous(grad_kl);
   const NoiseSource source(noise, key, mu);
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> reparam_kl_bwd(const Tensor& grad_z, const Te
                                   data<S>(grad_mu),
                                   data<S>(grad_logvar),
                                   noise_grad ? data<S>(grad_noise) : nullptr};
-    reparam_backward(args, launch);
+    reparam_backward(args, run);
   });
   return {grad_mu, grad_logvar, grad_noise};
 }

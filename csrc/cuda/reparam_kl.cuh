@@ -136,44 +136,47 @@ __global__ void __launch_bounds__(kBlockThreads) reparam_backward_kernel(Reparam
   });
 }
 
-// Calls f(makes noise, whole vectors, short rows) with constants for the three.
-template <class F>
+// Calls f(makes noise, whole vectors, short rows) with constants for the three. Doubles are never taken as
+// vectors: they are there to check gradients, and their kernels take the longest to compile.
+template <class S, class F>
 void with_constants(bool makes_noise, bool vectors, bool short_rows, F f) {
   const auto third = [&](auto a, auto b) { short_rows ? f(a, b, std::true_type()) : f(a, b, std::false_type()); };
-  const auto second = [&](auto a) { vectors ? third(a, std::true_type()) : third(a, std::false_type()); };
+  const auto second = [&](auto a) {
+    if constexpr (sizeof(S) < sizeof(double)) {
+      if (vectors) return third(a, std::true_type());
+    }
+    third(a, std::false_type());
+  };
   makes_noise ? second(std::true_type()) : second(std::false_type());
 }
 
-// `partial` has room for as many values as reparam_partial_sums() says.
-template <class S>
-std::int64_t reparam_partial_sums(const ReparamForward<S>& a) {
-  const RowGrid grid(a.rows, a.size);
-  return grid.pieces == 1 ? 0 : a.rows * grid.pieces;
-}
-
-// launch(kernel, blocks, threads, arguments...) starts a kernel.
-template <class S, class Launcher>
-void reparam_forward(const ReparamForward<S>& a, acc_t<S>* partial, const Launcher& launch) {
+// run(kernel, grid, threads, bytes of shared memory, arguments...) starts a kernel; run.allocate(bytes) gives
+// memory.
+template <class S, class Run>
+void reparam_forward(const ReparamForward<S>& a, Run& run) {
+  if (a.rows == 0) return;
   const RowGrid grid(a.rows, a.size);
   const bool vectors = a.size % kVector<S> == 0 && vectors_at(a.mu, a.mu_stride) &&
                        vectors_at(a.logvar, a.logvar_stride) && vectors_at(a.noise, a.noise_stride);
-  acc_t<S>* const kl = grid.pieces == 1 ? a.kl : partial;
-  with_constants(a.noise == nullptr, vectors, grid.short_rows, [&](auto makes, auto whole, auto short_rows) {
-    launch(reparam_forward_kernel<S, makes(), whole(), short_rows()>, grid.blocks(), grid.threads, a,
-           static_cast<unsigned>(grid.pieces), kl);
+  acc_t<S>* kl = a.kl;
+  if (grid.pieces > 1) kl = static_cast<acc_t<S>*>(run.allocate(grid.rows * grid.pieces * sizeof(acc_t<S>)));
+  with_constants<S>(a.noise == nullptr, vectors, grid.short_rows, [&](auto makes, auto whole, auto short_rows) {
+    run(reparam_forward_kernel<S, makes(), whole(), short_rows()>, grid.blocks(), grid.threads, 0, a,
+        static_cast<unsigned>(grid.pieces), kl);
   });
-  if (grid.pieces > 1) sum_pieces(partial, grid, a.kl, launch);
+  if (grid.pieces > 1) sum_pieces(kl, grid, a.kl, run);
 }
 
-template <class S, class Launcher>
-void reparam_backward(const ReparamBackward<S>& a, const Launcher& launch) {
+template <class S, class Run>
+void reparam_backward(const ReparamBackward<S>& a, Run& run) {
+  if (a.rows == 0) return;
   const RowGrid grid(a.rows, a.size);
   const bool vectors = a.size % kVector<S> == 0 && vectors_at(a.grad_z, a.grad_z_stride) &&
                        vectors_at(a.mu, a.mu_stride) && vectors_at(a.logvar, a.logvar_stride) &&
                        vectors_at(a.noise, a.noise_stride);
-  with_constants(a.noise == nullptr, vectors, grid.short_rows, [&](auto makes, auto whole, auto short_rows) {
-    launch(reparam_backward_kernel<S, makes(), whole(), short_rows()>, grid.blocks(), grid.threads, a,
-           static_cast<unsigned>(grid.pieces));
+  with_constants<S>(a.noise == nullptr, vectors, grid.short_rows, [&](auto makes, auto whole, auto short_rows) {
+    run(reparam_backward_kernel<S, makes(), whole(), short_rows()>, grid.blocks(), grid.threads, 0, a,
+        static_cast<unsigned>(grid.pieces));
   });
 }
 

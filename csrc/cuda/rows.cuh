@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <stdexcept>
 
 #include "element.cuh"
 #include "memory.cuh"
@@ -15,10 +17,17 @@ constexpr int kBlockThreads = 256;
 constexpr std::int64_t kShortRow = 256;
 constexpr int kShortTeam = 8;
 
+// The grid of a number of blocks.
+inline dim3 grid_of(std::int64_t blocks) {
+  if (blocks > std::numeric_limits<std::int32_t>::max())
+    throw std::length_error("too many elements for one launch");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
 struct RowGrid {
   std::int64_t rows, size, pieces;
   bool short_rows;
-  unsigned threads;
+  int threads;
 
   RowGrid(std::int64_t rows, std::int64_t size)
       : rows(rows),
@@ -29,9 +38,9 @@ struct RowGrid {
                 : size > 1024             ? 128
                                           : 64) {}
 
-  std::int64_t blocks() const {
+  dim3 blocks() const {
     constexpr std::int64_t kTeams = kBlockThreads / kShortTeam;
-    return short_rows ? (rows + kTeams - 1) / kTeams : rows * pieces;
+    return grid_of(short_rows ? (rows + kTeams - 1) / kTeams : rows * pieces);
   }
 };
 
@@ -94,6 +103,7 @@ __device__ __forceinline__ void for_each_vector(const Team<kShortRows>& team, st
     at[k] = inputs[k] + j;
     next[k] = read_vector<kVectors, kCount>(at[k], team.first - j, team.last - j);
   }
+#pragma unroll 1
   for (; j < team.last; j += step) {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
@@ -120,11 +130,11 @@ __global__ void sum_pieces_kernel(const T* __restrict__ pieces, std::int64_t cou
   if (lane == 0 && row < rows) out[row] = static_cast<T>(sum);
 }
 
-template <class T, class Launcher>
-void sum_pieces(const T* pieces, const RowGrid& grid, T* out, const Launcher& launch) {
-  constexpr int kWarps = kBlockThreads / 32;
-  launch(sum_pieces_kernel<T>, (grid.rows + kWarps - 1) / kWarps, kBlockThreads, pieces, grid.pieces, grid.rows,
-         out);
+template <class T, class Run>
+void sum_pieces(const T* pieces, const RowGrid& grid, T* out, Run& run) {
+  constexpr std::int64_t kWarps = kBlockThreads / 32;
+  run(sum_pieces_kernel<T>, grid_of((grid.rows + kWarps - 1) / kWarps), kBlockThreads, 0, pieces, grid.pieces,
+      grid.rows, out);
 }
 
 }  // namespace fastgen

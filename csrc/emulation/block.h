@@ -270,15 +270,4 @@ inline void launch(const LaunchShape& shape, const std::function<void()>& kernel
   }
 }
 
-// What the host part of a kernel's .cuh calls to start kernels; fastgen::Launch is the one for a GPU.
-struct Launcher {
-  unsigned seed = 0;
-
-  template <class... Parameters, class... Args>
-  void operator()(void (*kernel)(Parameters...), std::int64_t blocks, unsigned threads,
-                  const Args&... args) const {
-    if (blocks > 0) launch({static_cast<unsigned>(blocks), threads, 0, seed}, [&] { kernel(args...); });
-  }
-};
-
 }  // namespace fastgen::emulation

@@ -19,7 +19,7 @@ EMPTY = ((0, 4), (3, 0))
 
 @pytest.fixture(scope="module")
 def kernels(native):
-    return native("emulation/noise")
+    return native("emulation/noise", "-O1")
 
 
 def name(dtype):
@@ -60,9 +60,8 @@ def address(t):
 def forward(kernels, mu, logvar, noise, key, seed=0):
     out = Outputs()
     z, kl = out.new(mu.shape, mu.dtype), out.new(mu.shape[:1], wide(mu.dtype))
-    partial = out.new((kernels.partial_sums(*mu.shape),), kl.dtype)
     given = [rows(t) for t in (mu, logvar, noise)]
-    written = [address(t) for t in (z, kl, partial)]
+    written = [address(t) for t in (z, kl)]
     kernels.forward(name(mu.dtype), *mu.shape, *given, address(key), *written, seed)
     out.check()
     return z, kl

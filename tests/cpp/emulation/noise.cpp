@@ -7,6 +7,7 @@
 #include "cuda/normal.cuh"
 #include "cuda/philox_words.cuh"
 #include "cuda/reparam_kl.cuh"
+#include "run.h"
 
 namespace py = pybind11;
 using namespace fastgen;
@@ -31,14 +32,16 @@ void with_type(const std::string& dtype, F f) {
 }
 
 void words(Address key, std::int64_t count, Address out, unsigned seed) {
-  emulation::Launcher{seed}(philox_words_kernel, (count + 1023) / 1024, 256, at<const std::int64_t>(key), count,
-                            at<std::int64_t>(out));
+  emulation::Run run(seed);
+  run(philox_words_kernel, dim3(static_cast<unsigned>((count + 1023) / 1024)), 256, 0, at<const std::int64_t>(key),
+      count, at<std::int64_t>(out));
 }
 
 void normal(const std::string& dtype, Address key, std::int64_t count, Address out, unsigned seed) {
+  emulation::Run run(seed);
   with_type(dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    normal_values(at<const std::int64_t>(key), count, at<S>(out), emulation::Launcher{seed});
+    normal_values(at<const std::int64_t>(key), count, at<S>(out), run);
   });
 }
 
@@ -56,8 +59,9 @@ Rows rows(const py::object& given) {
 
 void forward(const std::string& dtype, std::int64_t count, std::int64_t size, const py::object& mu,
              const py::object& logvar, const py::object& noise, Address key, Address z, Address kl,
-             Address partial, unsigned seed) {
+             unsigned seed) {
   const Rows m = rows(mu), lv = rows(logvar), n = rows(noise);
+  emulation::Run run(seed);
   with_type(dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const ReparamForward<S> args{at<const S>(m.address),
@@ -71,7 +75,7 @@ void forward(const std::string& dtype, std::int64_t count, std::int64_t size, co
                                  at<const std::int64_t>(key),
                                  at<S>(z),
                                  at<acc_t<S>>(kl)};
-    reparam_forward(args, at<acc_t<S>>(partial), emulation::Launcher{seed});
+    reparam_forward(args, run);
   });
 }
 
@@ -79,6 +83,7 @@ void backward(const std::string& dtype, std::int64_t count, std::int64_t size, c
               Address grad_kl, const py::object& mu, const py::object& logvar, const py::object& noise,
               Address key, Address grad_mu, Address grad_logvar, Address grad_noise, unsigned seed) {
   const Rows gz = rows(grad_z), m = rows(mu), lv = rows(logvar), n = rows(noise);
+  emulation::Run run(seed);
   with_type(dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const ReparamBackward<S> args{at<const S>(gz.address),
@@ -96,7 +101,7 @@ void backward(const std::string& dtype, std::int64_t count, std::int64_t size, c
                                   at<S>(grad_mu),
                                   at<S>(grad_logvar),
                                   at<S>(grad_noise)};
-    reparam_backward(args, emulation::Launcher{seed});
+    reparam_backward(args, run);
   });
 }
 
@@ -107,10 +112,4 @@ PYBIND11_MODULE(noise, m) {
   m.def("normal", &normal);
   m.def("forward", &forward);
   m.def("backward", &backward);
-  m.def("partial_sums", [](std::int64_t count, std::int64_t size) {
-    ReparamForward<float> args{};
-    args.rows = count;
-    args.size = size;
-    return reparam_partial_sums(args);
-  });
 }

@@ -6,12 +6,12 @@
 
 #include "cuda/normal.cuh"
 #include "cuda/reparam_kl.cuh"
+#include "run.h"
 
 using namespace fastgen;
 
 namespace {
 
-constexpr emulation::Launcher kLaunch{1};
 const std::vector<std::int64_t> kKey{7, -3};
 
 // `count` elements on a multiple of 16 bytes, or one element after it.
@@ -30,33 +30,30 @@ class Buffer {
 };
 
 template <class S>
-void run(std::int64_t rows, std::int64_t size, bool makes_noise, bool misaligned) {
+void run_all(std::int64_t rows, std::int64_t size, bool makes_noise, bool misaligned) {
   using T = acc_t<S>;
+  emulation::Run run(1);
   const std::int64_t count = rows * size;
   Buffer<S> mu(count, misaligned), logvar(count, false), noise(count, false), grad_z(count, false);
   Buffer<S> z(count, false), grad_mu(count, false), grad_logvar(count, false), grad_noise(count, false);
-  Buffer<T> kl(rows, false), partial(rows * (size / kPiece + 1), false);
+  Buffer<T> kl(rows, false);
   const S* given = makes_noise ? nullptr : noise.data();
   reparam_forward(ReparamForward<S>{mu.data(), logvar.data(), given, size, size, size, rows, size, kKey.data(),
                                     z.data(), kl.data()},
-                  partial.data(), kLaunch);
+                  run);
   reparam_backward(ReparamBackward<S>{grad_z.data(), kl.data(), mu.data(), logvar.data(), given, size, size, size,
                                       size, rows, size, kKey.data(), grad_mu.data(), grad_logvar.data(),
                                       makes_noise ? nullptr : grad_noise.data()},
-                   kLaunch);
-  normal_values(kKey.data(), count, z.data(), kLaunch);
+                   run);
+  normal_values(kKey.data(), count, z.data(), run);
 }
 
 }  // namespace
 
 int main() {
   for (const bool makes_noise : {false, true}) {
-    for (const bool misaligned : {false, true}) {
-      run<float>(2, 1028, makes_noise, misaligned);
-      run<float>(3, 7, makes_noise, misaligned);
-      run<__nv_bfloat16>(1, kPiece + 8, makes_noise, misaligned);
-      run<__half>(34, 8, makes_noise, misaligned);
-    }
+    run_all<float>(1, 1028, makes_noise, !makes_noise);
+    run_all<__nv_bfloat16>(1, kPiece + 8, makes_noise, makes_noise);
   }
   return 0;
 }
