@@ -205,3 +205,8 @@ def test_no_rows_and_no_elements(vq, hopper):
     assert vq.search(torch.empty(0, 3), torch.randn(4, 3), hopper=hopper).indices.shape == (0,)
     empty = vq.search(torch.empty(5, 0), torch.empty(4, 0), hopper=hopper, distance=True)
     assert not empty.indices.any() and not empty.distance.any()
+
+
+def test_within_the_memory_of_the_tensors(run_program):
+    done = run_program("asan", "vq_run")
+    assert done.returncode == 0, done.stdout + done.stderr
