@@ -169,6 +169,7 @@ __global__ void column_facts_kernel(const CentreCodes<S> a) {
   const std::int64_t last = first + share < codes ? first + share : codes;
   ColumnFacts mine{0, INFINITY, -INFINITY, 0};
   if (j < size) {
+#pragma unroll 4
     for (std::int64_t k = first + lane; k < last; k += kColumnThreads / columns) {
       const double scale = a.scales[head * codes + k];
       if (scale == kLeftOut) continue;
@@ -188,27 +189,27 @@ __global__ void column_facts_kernel(const CentreCodes<S> a) {
 template <class S>
 __global__ void centre_codes_kernel(const CentreCodes<S> a) {
   using T = acc_t<S>;
-  FASTGEN_SHARED(double, reaches, [kColumnThreads]);
+  FASTGEN_SHARED(double, reaches, [kColumnThreads / 32]);
   const int size = a.problem.shape.size;
   const std::int64_t head = blockIdx.x;
   double reach = 0;
   for (int j = threadIdx.x; j < size; j += kColumnThreads) {
     ColumnFacts column{0, INFINITY, -INFINITY, 0};
+#pragma unroll 8
     for (int s = 0; s < a.segments; ++s) column.add(a.partial[(head * a.segments + s) * size + j]);
     const T mean = column.count == 0 ? T(0) : static_cast<T>(column.sum / column.count);
     a.centre[head * size + j] = mean;
     if (column.count == 0) continue;
     const double below = static_cast<double>(mean) - column.least, above = column.most - static_cast<double>(mean);
     const double most = below > above ? below : above;
-    // NaN, where sums overflow, must stay.
-    if (!(most <= reach)) reach = most;
+    // Sums that overflow give NaN: then nothing is known.
+    if (!(most <= reach)) reach = most == most ? most : INFINITY;
   }
-  reaches[threadIdx.x] = reach;
+  reach = warp_max(reach);
+  if (threadIdx.x % 32 == 0) reaches[threadIdx.x / 32] = reach;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int i = 1; i < kColumnThreads; ++i) {
-    if (!(reaches[i] <= reach)) reach = reaches[i];
-  }
+  for (int i = 1; i < kColumnThreads / 32; ++i) reach = reaches[i] > reach ? reaches[i] : reach;
   HeadFacts& facts = a.facts[head];
   facts.scale = 1;
   if (reach == 0) return;
