@@ -130,7 +130,7 @@ INSTRUCTIONS = {
 #: Of kernels by name, on every architecture: at most so many registers a thread, and bytes of
 #: static shared memory a block. 64 registers let a multiprocessor hold 1024 threads.
 RESOURCES = {
-    "philox_words_kernel": (32, 0),
+    "philox_words_kernel": (40, 0),
     "normal_kernelIf": (40, 0),
     "normal_kernelI13__nv_bfloat16": (40, 0),
     "reparam_forward_kernelIfLb1ELb1E": (64, 32),
