@@ -21,6 +21,9 @@ struct Rows {
     stride = count > 1 ? tensor.stride(0) : size;
   }
 
+  // Whether one row follows the other without a gap.
+  bool dense() const { return stride == size; }
+
   template <class S>
   const S* row(std::int64_t i) const {
     return static_cast<const S*>(tensor.data_ptr()) + i * stride;
