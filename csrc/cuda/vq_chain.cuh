@@ -164,7 +164,9 @@ void search_rows(Run& run, const Device& device, const Plan& plan, std::int64_t 
   run(pack_rows_kernel<S>, pack_grid, kThreads, 0,
       PackRows<S>{search.x + search.first * p.shape.size, search.head_rows * p.shape.size, p, m.centre, m.facts,
                   m.row_image, m.row_facts});
-  run_screen(run, plan, Screen{p, m.row_image, m.code_image, m.start, plan.splits, m.minima, plan.parts()}, heads);
+  run_screen(run, plan,
+             Screen{p, m.row_image, m.code_image, m.start, m.row_facts, plan.splits, m.minima, plan.parts()},
+             heads);
   const dim3 settle_grid(blocks_for(p.rows, kSettleThreads / 32), head_count);
   const bool four = chunk_codes(p.shape.width) == 4;
   const auto euclidean = four ? settle_kernel<4, false, S> : settle_kernel<8, false, S>;

@@ -324,10 +324,14 @@ __global__ void pack_codes_kernel(const PackCodes<S> a) {
 }
 
 // What the rounding of a row left: bounds of the length of the row in its image and of what it lost. Some lengths
-// are signs.
-struct RowFacts {
-  float length, residual;
+// are signs. Rows much longer than the codes are at a smaller scale: `unit`, a power of two, times that of their
+// head, and so are their scores.
+struct alignas(16) RowFacts {
+  float length, residual, unit, unused;
 };
+constexpr int kLeastUnit = -20;
+// Elements of the images of rows stay below 2 to this plus one.
+constexpr int kMostExponent = 13;
 // The row's own image is zero, and it is compared with every code.
 constexpr float kBeyond = INFINITY;
 // All keys of the row are equal (cosine, a zero row).
@@ -370,19 +374,29 @@ __global__ void pack_rows_kernel(const PackRows<S> a) {
     load_eight(x, p * 8, s.size, value);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const T magnitude = value[i] < 0 ? -value[i] : value[i];
       finite = finite && value[i] - value[i] == 0;
+      const int j = p * 8 + i;
+      const T centred = a.problem.cosine || j >= s.size ? value[i] : value[i] - a.centre[head * s.size + j];
+      const T magnitude = centred < 0 ? -centred : centred;
       most = magnitude > most ? magnitude : most;
     }
   }
   most = warp_max(most, lanes);
   finite = -warp_max(-finite, lanes);
-  const T scale = a.problem.cosine && finite ? scale_of(most) : static_cast<T>(a.facts[head].scale);
-  bool covered = exists && finite && !a.facts[head].unusable;
-  if (std::is_same_v<T, double> && a.problem.cosine)
-    covered = covered && most > kSafeLength && most < 1 / kSafeLength;
+  bool covered = exists && finite && !a.facts[head].unusable && most < INFINITY;
+  T scale = static_cast<T>(a.facts[head].scale);
+  float unit = 1;
+  if (a.problem.cosine) {
+    scale = covered ? scale_of(most) : T(1);
+    if (std::is_same_v<T, double>) covered = covered && most > kSafeLength && most < 1 / kSafeLength;
+  } else if (covered && most > T(0)) {
+    const int over = ilogb(most) + ilogb(scale) - kMostExponent;
+    covered = over <= -kLeastUnit;
+    if (covered && over > 0) unit = scalbnf(1.0f, -over);
+    scale *= static_cast<T>(unit);
+  }
 
-  float length = 0, residual = 0, largest = 0;
+  float length = 0, residual = 0;
   for (int p = lane; p < pieces; p += lanes) {
     T value[8] = {};
     if (exists) load_eight(x, p * 8, s.size, value);
@@ -394,7 +408,6 @@ __global__ void pack_rows_kernel(const PackRows<S> a) {
         const T mean = a.problem.cosine ? T(0) : a.centre[head * s.size + j];
         scaled[i] = static_cast<float>((value[i] - mean) * scale);
       }
-      largest = fmaxf(largest, fabsf(scaled[i]));
     }
     const Vector<__half, 8> packed = narrow<__half>(scaled);
     widen(packed, rounded);
@@ -408,25 +421,17 @@ __global__ void pack_rows_kernel(const PackRows<S> a) {
       *reinterpret_cast<Vector<__half, 8>*>(image + image_offset(s, kRowTile, row, p)) = packed;
     }
   }
-  constexpr float kMostHalf = 65504;
-  largest = warp_max(largest, lanes);
-  covered = covered && largest <= kMostHalf;
   length = warp_sum(length, lanes);
   residual = warp_sum(residual, lanes);
-  if (!covered) {
-    // Infinities would turn the scores of other columns into NaN.
-    for (int p = lane; p < pieces && row < a.problem.padded_rows(); p += lanes) {
-      *reinterpret_cast<uint4*>(image + image_offset(s, kRowTile, row, p)) = make_uint4(0, 0, 0, 0);
-    }
-  }
   __syncwarp();
   if (lane != 0 || row >= a.problem.padded_rows()) return;
-  if (s.folded) write_fold(image, s, kRowTile, row, kFoldFactor, kFoldFactor, kFoldFactor);
+  const float fold = kFoldFactor * unit;
+  if (s.folded) write_fold(image, s, kRowTile, row, fold, fold, fold);
   if (!exists) return;
   // Rounding of the sums, of the difference and of the product above; and underflow.
   const float rounding = 1 + static_cast<float>(s.depth + 16) * 0x1p-23f;
   const float bound = sqrtf(length) * rounding;
-  RowFacts facts{bound, sqrtf(residual) * rounding + bound * 0x1p-22f + 0x1p-60f};
+  RowFacts facts{bound, sqrtf(residual) * rounding + bound * 0x1p-22f + 0x1p-60f, unit, 0};
   if (!covered) facts.length = kBeyond;
   if (a.problem.cosine && finite && most == T(0)) facts.length = kIndifferent;
   if (!finite) facts.length = NAN;

@@ -20,9 +20,14 @@ struct Screen {
   Problem problem;
   const unsigned char *rows, *codes;  // images, heads x
   const float* start;                 // heads x padded codes
+  const RowFacts* row_facts;          // heads x rows
   int splits;                         // of the code tiles, one a block
   Minimum* minima;                    // heads x rows x parts
   int parts;
+
+  __device__ __forceinline__ float unit(std::int64_t head, std::int64_t row) const {
+    return row < problem.rows ? row_facts[head * problem.rows + row].unit : 1;
+  }
 
   FASTGEN_HD std::int64_t first_tile(int split) const { return problem.code_tiles() * split / splits; }
 };
@@ -42,11 +47,11 @@ struct Best {
 };
 
 // Offers the scores of one thread: rows g and g + 8 of a tile of 16 against 8 kGroups columns. products: of each
-// group of eight columns those of 2 t, 2 t + 1 for row g, then for row g + 8. start: of column 2 t. first_chunk:
-// of the columns, t included.
+// group of eight columns those of 2 t, 2 t + 1 for row g, then for row g + 8. start: of column 2 t; units: of the
+// rows. first_chunk: of the columns, t included.
 template <int kGroups, int kChunk, bool kFolded>
-__device__ __forceinline__ void offer_scores(const float* products, const float* start, int first_chunk,
-                                             Best (&rows)[2]) {
+__device__ __forceinline__ void offer_scores(const float* products, const float* start, const float (&units)[2],
+                                             int first_chunk, Best (&rows)[2]) {
   constexpr int kPerChunk = kChunk / 2;
   static_assert(kGroups % kPerChunk == 0);
 #pragma unroll
@@ -60,8 +65,7 @@ __device__ __forceinline__ void offer_scores(const float* products, const float*
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float2 two = make_float2(products[4 * group + 2 * r], products[4 * group + 2 * r + 1]);
-        // Adding zero is not nothing to the compiler: it turns -0 into 0.
-        if constexpr (!kFolded) two = make_float2(two.x + from.x, two.y + from.y);
+        if constexpr (!kFolded) two = make_float2(fmaf(from.x, units[r], two.x), fmaf(from.y, units[r], two.y));
         const float low = fminf(two.x, two.y);
         least[r] = i == 0 ? low : fminf(least[r], low);
       }
@@ -122,6 +126,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2) screen_mma_kernel(const Screen
       if (!stay || load_tile == 0) {
         constexpr int kTileBytes = kRowTile * kWidth;
         unsigned char* to = row_ring + (stay ? load_block : load_slot) * kRowBytes;
+#pragma unroll 1
         for (int i = threadIdx.x * 16; i < kRowBytes; i += kMmaThreads * 16) {
           cp_async_16(to + i,
                       rows + i / kTileBytes * s.tile_bytes(kRowTile) + load_block * kTileBytes + i % kTileBytes);
@@ -138,6 +143,13 @@ __global__ void __launch_bounds__(kMmaThreads, 2) screen_mma_kernel(const Screen
   for (int i = 0; i < kMmaStages - 1; ++i) load();
 
   Best best[2][2];
+  // The units of four rows, by their exponents: registers are short.
+  unsigned exponents = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float unit = a.unit(head, first_row + row_warp * 32 + i * 8 + lane / 4);
+    exponents |= __float_as_uint(unit) >> 23 << 8 * i;
+  }
   float products[2][kGroups * 4];
   int slot = 0, chunk = static_cast<int>((first_tile * kCodeTile + column_warp * kColumns) / kChunk) + lane % 4;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -177,7 +189,11 @@ __global__ void __launch_bounds__(kMmaThreads, 2) screen_mma_kernel(const Screen
       }
     }
 #pragma unroll
-    for (int m = 0; m < 2; ++m) offer_scores<kGroups, kChunk, kFolded>(products[m], from, chunk, best[m]);
+    for (int m = 0; m < 2; ++m) {
+      const float units[2] = {__uint_as_float((exponents >> (16 * m) & 255) << 23),
+                              __uint_as_float((exponents >> (16 * m + 8) & 255) << 23)};
+      offer_scores<kGroups, kChunk, kFolded>(products[m], from, units, chunk, best[m]);
+    }
     chunk += kCodeTile / kChunk;
   }
   cp_async_wait<0>();

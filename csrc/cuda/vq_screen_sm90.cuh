@@ -93,6 +93,9 @@ __global__ void __launch_bounds__(sm90_threads(kWarpgroups), 1)
     if (lane == 0) mbarrier_arrive(empty + which);
   };
   Best best[2];
+  float units[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) units[r] = a.unit(head, first_row + warp * 16 + r * 8 + g);
   float products[64];
   int chunk = static_cast<int>(first_tile * (kCodeTile / kChunk)) + t;
   mbarrier_wait(rows_there, 0);
@@ -121,7 +124,8 @@ __global__ void __launch_bounds__(sm90_threads(kWarpgroups), 1)
       advance();
     }
     wgmma_wait<0>(products);
-    offer_scores<kCodeTile / 8, kChunk, kFolded>(products, start_ring + used * kCodeTile + 2 * t, chunk, best);
+    offer_scores<kCodeTile / 8, kChunk, kFolded>(products, start_ring + used * kCodeTile + 2 * t, units, chunk,
+                                                 best);
     release(used);
     chunk += kCodeTile / kChunk;
   }

@@ -89,11 +89,12 @@ struct Nearest {
 // defined by.
 __device__ inline float certain_gap(const Problem& p, const HeadFacts& facts, const RowFacts& row) {
   const float e = __uint_as_float(facts.longest), lost = __uint_as_float(facts.residual);
-  const float x = row.length + row.residual, start = p.cosine ? 0 : e * e / 4;
+  const float x = row.length + row.residual, start = p.cosine ? 0 : row.unit * e * e / 4;
   const float sum = (1.25f * static_cast<float>(p.shape.depth) + 32) * 0x1p-23f * (start + x * e);
-  const float whole = p.cosine ? x * static_cast<float>(facts.scale) : (x + e) * (x + e);
+  const float whole =
+      p.cosine ? x * static_cast<float>(facts.scale) : (x + row.unit * e) * (x + row.unit * e) / row.unit;
   const float key = static_cast<float>(p.shape.depth + 16) * 0x1p-51f * whole;
-  return 2.02f * (row.residual * e + row.length * lost + sum + key + (p.shape.folded ? 0x1p-19f : 0));
+  return 2.02f * (row.residual * e + row.length * lost + sum + key + (p.shape.folded ? row.unit * 0x1p-19f : 0));
 }
 
 // Sums of kValues values a lane over the warp. Afterwards value[0] is that of position lane / (32 / kValues).
@@ -346,10 +347,11 @@ __global__ void __launch_bounds__(kOpenThreads) open_rows_kernel(const Search<S>
     __syncwarp();
     // Of rows g and g + 8; there is always a first one.
     int row[2];
-    float limit[2];
+    float limit[2], unit[2];
     for (int i = 0; i < 2; ++i) {
       const std::int64_t at = first + g + 8 * i;
       row[i] = rows[at < count ? at : first];
+      unit[i] = a.row_facts[head * a.problem.rows + row[i]].unit;
       limit[i] = at < count ? limits[at] : -INFINITY;
     }
     // Entries of the list: column * kOpenRows + row.
@@ -386,7 +388,7 @@ __global__ void __launch_bounds__(kOpenThreads) open_rows_kernel(const Search<S>
       for (int n = 0; n < kOpenGroups; ++n) {
         for (int i = 0; i < 4; ++i) {
           const std::int64_t at = column + n * 8 + 2 * t + i % 2;
-          const float total = score[n][i] + (s.folded ? 0.0f : start[at]);
+          const float total = s.folded ? score[n][i] : fmaf(start[at], unit[i / 2], score[n][i]);
           if (!(total <= limit[i / 2] || limit[i / 2] == INFINITY)) continue;
           if (code_of_column(at, chunk) >= a.problem.codes) continue;
           lists[warp][atomicAdd(&found[warp], 1)] = static_cast<int>(at) * kOpenRows + g + i / 2 * 8;

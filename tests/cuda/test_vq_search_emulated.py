@@ -122,6 +122,10 @@ def test_the_screen_decides_for_almost_all_rows(vq, hopper):
         assert assert_exact(vq, x, codebook, hopper=hopper).open_rows <= 8
         far = assert_exact(vq, x + 1000, codebook + 1000, hopper=hopper)
         assert far.open_rows <= 8
+        # As codebooks begin in many VQ-VAEs, and beyond the range of half precision.
+        for scale in 1e-4, 1e-6:
+            start = assert_exact(vq, x, scale * torch.rand(512, size), hopper=hopper)
+            assert start.open_rows <= 16
     x, codebook = collapsed(64, 256, 8)
     assert assert_exact(vq, x, codebook, hopper=hopper).open_rows == 0
 
