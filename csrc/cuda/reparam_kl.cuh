@@ -12,9 +12,9 @@ namespace fastgen {
 // z = mu + sigma eps; kl[row] = 1/2 sum(mu^2 + exp(logvar) - 1 - logvar).
 template <class S>
 struct ReparamForward {
-  const S *mu, *logvar, *noise;  // noise null: made from the key
+  const S *mu, *logvar, *noise;
   std::int64_t mu_stride, logvar_stride, noise_stride, rows, size;
-  const std::int64_t* key;
+  const std::int64_t* key;  // null: noise is given (whose own address is null where it is empty)
   S* z;
   acc_t<S>* kl;
 };
@@ -160,7 +160,7 @@ void reparam_forward(const ReparamForward<S>& a, Run& run) {
                        vectors_at(a.logvar, a.logvar_stride) && vectors_at(a.noise, a.noise_stride);
   acc_t<S>* kl = a.kl;
   if (grid.pieces > 1) kl = static_cast<acc_t<S>*>(run.allocate(grid.rows * grid.pieces * sizeof(acc_t<S>)));
-  with_constants<S>(a.noise == nullptr, vectors, grid.short_rows, [&](auto makes, auto whole, auto short_rows) {
+  with_constants<S>(a.key != nullptr, vectors, grid.short_rows, [&](auto makes, auto whole, auto short_rows) {
     run(reparam_forward_kernel<S, makes(), whole(), short_rows()>, grid.blocks(), grid.threads, 0, a,
         static_cast<unsigned>(grid.pieces), kl);
   });
@@ -174,7 +174,7 @@ void reparam_backward(const ReparamBackward<S>& a, Run& run) {
   const bool vectors = a.size % kVector<S> == 0 && vectors_at(a.grad_z, a.grad_z_stride) &&
                        vectors_at(a.mu, a.mu_stride) && vectors_at(a.logvar, a.logvar_stride) &&
                        vectors_at(a.noise, a.noise_stride);
-  with_constants<S>(a.noise == nullptr, vectors, grid.short_rows, [&](auto makes, auto whole, auto short_rows) {
+  with_constants<S>(a.key != nullptr, vectors, grid.short_rows, [&](auto makes, auto whole, auto short_rows) {
     run(reparam_backward_kernel<S, makes(), whole(), short_rows()>, grid.blocks(), grid.threads, 0, a,
         static_cast<unsigned>(grid.pieces));
   });
