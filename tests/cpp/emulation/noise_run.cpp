@@ -39,13 +39,13 @@ void run_all(std::int64_t rows, std::int64_t size, bool makes_noise, bool misali
   Buffer<T> kl(rows, false);
   const S* given = makes_noise ? nullptr : noise.data();
   const std::int64_t* key = makes_noise ? kKey.data() : nullptr;
-  reparam_forward(ReparamForward<S>{mu.data(), logvar.data(), given, size, size, size, rows, size, key,
-                                    z.data(), kl.data()},
-                  run);
-  reparam_backward(ReparamBackward<S>{grad_z.data(), kl.data(), mu.data(), logvar.data(), given, size, size, size,
-                                      size, rows, size, key, grad_mu.data(), grad_logvar.data(),
-                                      makes_noise ? nullptr : grad_noise.data()},
-                   run);
+  reparam_forward(
+      ReparamForward<S>{mu.data(), logvar.data(), given, size, size, size, rows, size, key, z.data(), kl.data()},
+      run);
+  reparam_backward(
+      ReparamBackward<S>{grad_z.data(), kl.data(), mu.data(), logvar.data(), given, size, size, size, size, rows,
+                         size, key, grad_mu.data(), grad_logvar.data(), makes_noise ? nullptr : grad_noise.data()},
+      run);
   normal_values(kKey.data(), count, z.data(), run);
 }
 
