@@ -36,9 +36,8 @@ struct SigmaTerms {
   T sigma, m, excess;
 };
 
-// Near zero m and its excess come
-// from x^2 p(x), so that nothing cancels; p is fitted to a relative error of 8e-7 for half and bfloat16, else
-// 1e-8.
+// Near zero m and its excess come from x^2 p(x), so that nothing cancels; p is fitted to a relative error of 8e-7
+// for half and bfloat16, else of 1e-8.
 template <class S>
 __device__ __forceinline__ SigmaTerms<float> sigma_terms(float logvar) {
   const float x = 0.5f * logvar;
