@@ -105,7 +105,8 @@ def test_hard_data(data, cosine, vq):
     ):
         x, codebook = data(40, codes, size)
         assert_exact(vq, x, codebook, cosine=cosine, hopper=hopper)
-        assert_exact(vq, x.double(), codebook.double(), cosine=cosine, hopper=hopper)
+        if size == 24:
+            assert_exact(vq, x.double(), codebook.double(), cosine=cosine, hopper=hopper)
 
 
 @pytest.mark.parametrize("mean", (1.0, 100.0, 1e4))
@@ -213,4 +214,10 @@ def test_no_rows_and_no_elements(vq, hopper):
 
 def test_within_the_memory_of_the_tensors(run_program):
     done = run_program("asan", "vq_run")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_no_races(run_program):
+    done = run_program("tsan", "vq_run", "small")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,5 @@
-// The kernels of vector quantization over memory that ends where the tensors end, for the sanitizers. Exit status
-// 1: an answer is wrong.
+// The kernels of vector quantization over memory that ends where the tensors end, for the sanitizers; `vq_run
+// small` runs only a few blocks. Exit status 1: an answer is wrong.
 
 #include <cmath>
 #include <cstdio>
@@ -81,8 +81,9 @@ bool right(std::int64_t rows, std::int64_t codes, int size, bool hopper) {
 
 }  // namespace
 
-int main() {
-  bool all = true;
+int main(int argc, char**) {
+  bool all = right<float>(5, 7, 20, false) && right<float>(5, 7, 20, true);
+  if (argc > 1) return all ? 0 : 1;
   for (const bool hopper : {false, true}) {
     all = right<float>(70, 130, 5, hopper) && all;
     all = right<float>(33, 129, 64, hopper) && all;
