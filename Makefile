@@ -11,8 +11,8 @@ STAMPS := .venv/stamps
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h tests/cpp/*/*.cpp)
 ASAN_BUILD := build/asan
-# What runs once more on each older instruction set; random shapes are drawn on the default path alone.
-ISA_TESTS := tests/test_isa.py tests/test_ops.py tests/ops -k 'not random_shapes'
+# What runs once more on each older instruction set.
+ISA_TESTS := tests/test_isa.py tests/test_ops.py tests/ops
 
 # clang-format comes from the virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
