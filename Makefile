@@ -9,7 +9,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMPS := .venv/stamps
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
-CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h tests/cpp/*/*.cpp)
 ASAN_BUILD := build/asan
 # What runs once more on each older instruction set.
 ISA_TESTS := tests/test_isa.py tests/test_ops.py tests/ops

@@ -67,8 +67,15 @@ def cuda_version(home: Path) -> tuple[int, int]:
 
 
 def default_archs(version: tuple[int, int]) -> str:
-    """Every architecture that is tested; PTX of the newest, for GPUs to come."""
-    return "8.0;8.6;9.0;10.0+PTX" if version >= (12, 8) else "8.0;8.6;9.0+PTX"
+    """Every architecture that is tested, and PTX for GPUs to come. 9.0a is 9.0, which every GPU of
+    that generation is, with its matrix instructions; its PTX would run on nothing else."""
+    return "8.0;8.6;9.0a;10.0+PTX" if version >= (12, 8) else "8.0;8.6+PTX;9.0a"
+
+
+def hopper_macros() -> list[tuple[str, None]]:
+    """Says that 9.0 devices get code of 9.0a. With both in the file, CUDA would choose."""
+    archs = re.split("[; ]+", os.environ["TORCH_CUDA_ARCH_LIST"].replace("+PTX", ""))
+    return [("FASTGEN_SM90A", None)] if "9.0a" in archs and "9.0" not in archs else []
 
 
 def macros() -> list[tuple[str, str]]:
@@ -83,7 +90,9 @@ def sources(folder: str) -> list[str]:
 
 
 def headers() -> list[str]:
-    return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*h"))]
+    """Those of the kernels; csrc/emulation is for tests only."""
+    found = [p for part in ("common", "cpu", "cuda") for p in (ROOT / "csrc" / part).glob("*.*h")]
+    return [str(p.relative_to(ROOT)) for p in sorted(found)]
 
 
 def headers_digest() -> str:
@@ -144,7 +153,7 @@ def cuda_extension(home: Path):
         include_dirs=[str(ROOT / "csrc"), str(home / "include")],
         library_dirs=[str(home / "lib64"), str(home / "lib")],
         libraries=["cudart_static", "rt", "dl", "pthread"],
-        define_macros=[*macros(), ("USE_CUDA", None)],
+        define_macros=[*macros(), ("USE_CUDA", None), *hopper_macros()],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags},
         extra_link_args=link,
         depends=headers(),

@@ -20,10 +20,11 @@ values, by Box and Muller (1958) on centred uniforms, which are exact real numbe
     value 0 = sqrt(-2 ln u) cos(2 pi v),  value 1 = sqrt(-2 ln u) sin(2 pi v).
 
 Every backend evaluates these reals: float32 within 4 units in the last place, float64 within 8;
-half and bfloat16 round the float32 value. (Rounding u or v to float32 first would quantise radii
-near zero and angles near the axes, and make exact zeros.) All 2^64 pairs give finite values, none
-of them zero in float32 and float64; the largest is sqrt(66 ln 2) = 6.76. Over all words both values
-are symmetric about zero.
+half and bfloat16 round the float32 value, on a GPU one within 1e-5 (within 5e-4 where the radius
+sqrt(-2 ln u) is below 0.02), from the hardware's own approximations. (Rounding u or v to float32
+first would quantise radii near zero and angles near the axes, and make exact zeros.) All 2^64 pairs
+give finite values, none of them zero in float32 and float64; the largest is sqrt(66 ln 2) = 6.76.
+Over all words both values are symmetric about zero.
 
 **Derived keys.** :func:`fold_in` uses counters with other third and fourth words than the noise
 does, so it never overlaps with it.

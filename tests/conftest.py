@@ -56,38 +56,52 @@ def isa():
 
 
 @pytest.fixture(scope="session")
-def native(request):
-    """native(name): the pybind11 module tests/cpp/<name>.cpp, compiled once for a state of csrc.
+def compiled(request):
+    """compiled(source, suffix, *flags): what tests/cpp/<source> compiles to, once for a state of
+    csrc.
 
-    Test-only access to what is below the operators. The flags are those of setup.py that decide
-    about rounding.
+    The flags are those of setup.py that decide about rounding; g++ takes csrc/emulation for CUDA.
     """
-    pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler to build tests/cpp with")
     root = Path(__file__).parents[1]
-    command = [compiler, "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-w"]
-    command += ["-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    includes = [pybind11.get_include(), sysconfig.get_path("include"), str(root / "csrc")]
-    command += [f"-I{path}" for path in [*includes, *include_paths()]]
-    files = [*(root / "csrc").rglob("*.h"), *(root / "tests" / "cpp").iterdir()]
-    texts = [p.read_bytes() for p in sorted(files)]
-    digest = hashlib.sha256(repr((command, sys.version, texts)).encode()).hexdigest()[:16]
+    command = [compiler, "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-w", "-pthread"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    csrc = root / "csrc"
+    command += [f"-I{path}" for path in (csrc, csrc / "emulation" / "include", *include_paths())]
+    files = [*csrc.rglob("*.*h"), *(p for p in (root / "tests" / "cpp").rglob("*") if p.is_file())]
+    texts = b"".join(p.read_bytes() for p in sorted(files))
 
-    def build(name):
-        target = request.config.cache.mkdir("native") / f"{name}-{digest}.so"
+    def build(source, suffix, *flags):
+        path = root / "tests" / "cpp" / source
+        line = [*command, *flags, str(path), "-o"]
+        digest = hashlib.sha256(repr((line, sys.version)).encode() + texts).hexdigest()[:16]
+        target = request.config.cache.mkdir("native") / f"{path.stem}-{digest}{suffix}"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}")
-            source = root / "tests" / "cpp" / f"{name}.cpp"
-            subprocess.run([*command, str(source), "-o", str(partial)], check=True)
+            subprocess.run([*line, str(partial)], check=True)
             partial.replace(target)
-        spec = importlib.util.spec_from_file_location(name, target)
+        return target
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def native(compiled):
+    """native(name, optimization): the pybind11 module tests/cpp/<name>.cpp: test-only access to
+    what is below the operators."""
+    pybind11 = pytest.importorskip("pybind11")
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+    def load(name, optimization="-O3"):
+        target = compiled(f"{name}.cpp", ".so", optimization, "-shared", "-fPIC", *includes)
+        spec = importlib.util.spec_from_file_location(Path(name).name, target)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
-    return build
+    return load
 
 
 def pytest_configure(config):

@@ -160,8 +160,8 @@ def test_wrong_build_variables_stop_the_build(setup_file, monkeypatch):
 
 
 def test_architectures_fit_the_compiler(setup_file):
-    assert setup_file.default_archs((12, 4)) == "8.0;8.6;9.0+PTX"
-    assert setup_file.default_archs((13, 0)) == "8.0;8.6;9.0;10.0+PTX"
+    assert setup_file.default_archs((12, 4)) == "8.0;8.6+PTX;9.0a"
+    assert setup_file.default_archs((13, 0)) == "8.0;8.6;9.0a;10.0+PTX"
 
 
 # --- broken and partial installs ---------------------------------------------------------------

@@ -21,11 +21,22 @@ struct PhiloxKey {
   std::uint64_t seed, offset;
 };
 
+FASTGEN_HD inline std::uint64_t wide_product(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  // From C++ nvcc makes a product of 64-bit numbers, one instruction more.
+  std::uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<std::uint64_t>(a) * b;
+#endif
+}
+
 FASTGEN_HD inline PhiloxWords philox4x32(PhiloxWords counter, std::uint32_t key0, std::uint32_t key1) {
   PhiloxWords c = counter;
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const std::uint64_t p0 = static_cast<std::uint64_t>(kPhiloxMultiplier0) * c.w[0];
-    const std::uint64_t p1 = static_cast<std::uint64_t>(kPhiloxMultiplier1) * c.w[2];
+    const std::uint64_t p0 = wide_product(kPhiloxMultiplier0, c.w[0]);
+    const std::uint64_t p1 = wide_product(kPhiloxMultiplier1, c.w[2]);
     c = {{static_cast<std::uint32_t>(p1 >> 32) ^ c.w[1] ^ key0, static_cast<std::uint32_t>(p1),
           static_cast<std::uint32_t>(p0 >> 32) ^ c.w[3] ^ key1, static_cast<std::uint32_t>(p0)}};
     key0 += kPhiloxWeyl0;

@@ -28,6 +28,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "../common/rows.h"
 #include "isa.h"
 
 // For functions in the innermost loops, which gcc would otherwise call where a loop has a tail.
@@ -75,38 +76,6 @@ void dispatch_dtype(ScalarType t, const char* op, F&& f) {
       STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16");
   }
 }
-
-// A (B, ...) tensor as B rows of M elements that lie densely, whatever the distance between rows: slices of a
-// larger tensor (the halves of a coupling, chunks of a conditioner's output) are used where they lie.
-struct Rows {
-  Tensor tensor;
-  std::int64_t count, size, stride;
-
-  explicit Rows(const Tensor& t) : tensor(t) {
-    if (!dense_rows(tensor)) tensor = torch::stable::contiguous(t);
-    count = tensor.size(0);
-    size = count == 0 ? 0 : tensor.numel() / count;
-    stride = count > 1 ? tensor.stride(0) : size;
-  }
-
-  // Whether one row follows the other without a gap.
-  bool dense() const { return stride == size; }
-
-  template <class S>
-  const S* row(std::int64_t i) const {
-    return static_cast<const S*>(tensor.data_ptr()) + i * stride;
-  }
-
- private:
-  static bool dense_rows(const Tensor& t) {
-    std::int64_t expected = 1;
-    for (std::int64_t d = t.dim() - 1; d > 0; --d) {
-      if (t.size(d) != 1 && t.stride(d) != expected) return false;
-      expected *= t.size(d);
-    }
-    return true;
-  }
-};
 
 // Rows are cut into pieces of kPiece elements; each piece gives one partial sum, and the pieces of a row are added
 // in order. The result depends on neither the number of threads nor how the pieces were handed out.

@@ -6,7 +6,7 @@ count and instruction set.
 
 Shapes: key (2,) int64 [seed, offset]; the result has any shape, float32, float64, float16 or
 bfloat16. Not differentiable. Under torch.vmap each sample gets the noise of its own key; samples
-that share a key share the noise. Backends: cpu, reference.
+that share a key share the noise. Backends: cuda, cpu, reference.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def _prepare(key: Any, size: Sequence[int], *, dtype: torch.dtype = torch.float3
 
 
 _OP = backends.Op("normal", _prepare)
+_OP.implement("cuda", _normal, device="cuda", unavailable=_library.cuda_unavailable)
 _OP.implement("cpu", _normal, device="cpu", unavailable=_library.cpu_unavailable)
 _OP.implement("reference", normal_reference)
 
@@ -73,7 +74,7 @@ def normal(
         key: int64 (2,), from `fastgen.random`.
         size: shape of the result.
         dtype: float32, float64, float16 or bfloat16.
-        backend: force "cpu" or "reference".
+        backend: force "cuda", "cpu" or "reference".
 
     Returns:
         `size`, `dtype`.

@@ -10,7 +10,7 @@ and in the gradient.
 Shapes: mu, logvar, noise (B, ...), one dtype of float32, float64, float16, bfloat16; key (2,) int64
 [seed, offset]; z as mu; kl (B,) float32, float64 for float64 inputs, summed over all dimensions but
 the first. Half inputs are computed in float32, with float32 noise if it is made. Gradients: first
-order fused, second and higher by the reference. Backends: cpu, reference.
+order fused, second and higher by the reference. Backends: cuda, cpu, reference.
 
 Under torch.vmap each sample equals the op on that sample: samples that share a key share the noise,
 and a batched key gives each its own. Without a key, vmap's `randomness` decides, as for
@@ -144,7 +144,7 @@ class _ReparamKLBackward(Function):
         return g_grad_z, g_grad_kl, g_mu, g_logvar, g_noise if ctx.noise_grad else None, None, None
 
 
-def _cpu(
+def _fused(
     mu: Tensor,
     logvar: Tensor,
     noise: Tensor | None,
@@ -181,7 +181,8 @@ def _prepare(
 
 
 _OP = backends.Op("reparam_kl", _prepare)
-_OP.implement("cpu", _cpu, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement("cuda", _fused, device="cuda", unavailable=_library.cuda_unavailable)
+_OP.implement("cpu", _fused, device="cpu", unavailable=_library.cpu_unavailable)
 _OP.implement("reference", reparam_kl_reference)
 
 
@@ -203,7 +204,7 @@ def reparam_kl(
         key: int64 (2,) [seed, offset] that the noise is made from; see `fastgen.random`.
         generator: what to draw the key from if there is neither noise nor key; the default is
             torch's own generator of the device, which torch.manual_seed governs.
-        backend: force "cpu" or "reference".
+        backend: force "cuda", "cpu" or "reference".
 
     Returns:
         z: (B, ...), dtype of mu.

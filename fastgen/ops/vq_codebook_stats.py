@@ -8,7 +8,7 @@ are updated from.
 Shapes: x (..., D), dtype float32, float64, float16 or bfloat16; indices (...) int64; counts (K,)
 and sums (K, D), both float32 (float64 for float64 x). Rows are added in row order with float64
 running sums: the result does not depend on threads. Gradients: sums in x, to any order (a gather).
-Backends: cpu, reference.
+Backends: cuda, cpu, reference.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _VQCodebookStats(Function):
         return grad_sums[indices].to(ctx.dtype), None, None
 
 
-def _cpu(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+def _fused(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     return run(_VQCodebookStats, _fwd, (x, indices), codebook_size)
 
 
@@ -104,7 +104,8 @@ def _prepare(x: Tensor, indices: Tensor, codebook_size: int) -> tuple:
 
 
 _OP = backends.Op("vq_codebook_stats", _prepare)
-_OP.implement("cpu", _cpu, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement("cuda", _fused, device="cuda", unavailable=_library.cuda_unavailable)
+_OP.implement("cpu", _fused, device="cpu", unavailable=_library.cpu_unavailable)
 _OP.implement("reference", vq_codebook_stats_reference)
 
 
@@ -119,7 +120,7 @@ def vq_codebook_stats(
             (H, K, D) add h * K to the indices of head h, pass H * K, and reshape the results to (H,
             K) and (H, K, D).
         codebook_size: K, at least 1.
-        backend: force "cpu" or "reference".
+        backend: force "cuda", "cpu" or "reference".
 
     Returns:
         counts: (K,), float32 (float64 for float64 x), integral; no gradient.
@@ -127,8 +128,9 @@ def vq_codebook_stats(
 
     Raises:
         TypeError: not tensors, x not floating, indices not int64, or codebook_size not an int.
-        ValueError: shapes or devices differ; an index outside [0, codebook_size); codebook_size
-            below 1; unknown `backend`.
+        ValueError: shapes or devices differ; an index outside [0, codebook_size) (on a GPU, where
+            nothing waits for the indices, the kernel ends with an error as torch's indexing does);
+            codebook_size below 1; unknown `backend`.
 
     Autocast: no casts.
     """

@@ -5,14 +5,15 @@
 
 The search is exact: the answer is the argmin of the keys computed in float64 from the values the
 inputs hold, summed in order over j, the lowest index on ties. It is therefore the same on every
-backend, instruction set and thread count. Fast passes in bfloat16 (where the CPU has it) and
-float32 leave few codes that their rounding errors, which are bounded, could hide; those are
-compared in float64.
+backend, instruction set and thread count. Fast passes in bfloat16 (where the CPU has it), in half
+precision on tensor cores and in float32 leave few codes that their rounding errors, which are
+bounded, could hide; those are compared in float64.
 
 Shapes: x (..., N, D) with codebook (K, D), or x (H, N, D) with codebook (H, K, D), one dtype of
 float32, float64, float16, bfloat16; indices (..., N) int64; distance (..., N) float32, float64 for
-float64 inputs. Memory beyond inputs and results is O(K * D), never N * K. Gradients: none, both
-results are constants (vq_quantize has them). Backends: cpu, reference.
+float64 inputs. Memory beyond inputs and results is O(K * D), on GPUs with a buffer of bounded size
+for rows, never N * K. Gradients: none, both results are constants (vq_quantize has them). Backends:
+cuda, cpu, reference.
 
 Values that are not finite: a code whose key is not finite (it holds NaN or infinity) is never
 chosen while another code's key is finite. A row without any finite key (it holds NaN or infinity)
@@ -141,6 +142,7 @@ def _prepare(
 
 
 _OP = backends.Op("vq_nearest", _prepare)
+_OP.implement("cuda", _fwd, device="cuda", unavailable=_library.cuda_unavailable)
 _OP.implement("cpu", _fwd, device="cpu", unavailable=_library.cpu_unavailable)
 _OP.implement("reference", vq_nearest_reference)
 
@@ -182,7 +184,7 @@ def vq_nearest(
         codebook: (K, D), or (H, K, D): one codebook a head. K is at least 1.
         metric: "euclidean", or "cosine": the code of the largest cosine similarity.
         return_distance: also return the distance to the chosen code.
-        backend: force "cpu" or "reference".
+        backend: force "cuda", "cpu" or "reference".
 
     Returns:
         indices: (..., N) int64, in [0, K).

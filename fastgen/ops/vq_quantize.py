@@ -13,7 +13,8 @@ Shapes: x (..., N, D) with codebook (K, D), or x (H, N, D) with codebook (H, K, 
 float32, float64, float16, bfloat16; quantized as x; indices (..., N) int64; loss a scalar, float32
 (float64 for float64 inputs). Half inputs are computed in float32. Elements of x that are not finite
 make the same elements of `quantized` NaN. Gradients: first order fused and deterministic (rows are
-added to their code in row order), second and higher by the reference. Backends: cpu, reference.
+added to their code in row order), second and higher by the reference. Backends: cuda, cpu,
+reference.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class _VQQuantizeBackward(Function):
         return ggq, ggl, gx, gcodebook, None, None, None, None
 
 
-def _cpu(
+def _fused(
     x: Tensor, codebook: Tensor, commitment_weight: float, codebook_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return run(_VQQuantize, _fwd, (x, codebook), commitment_weight, codebook_weight)
@@ -191,7 +192,8 @@ def _prepare(
 
 
 _OP = backends.Op("vq_quantize", _prepare)
-_OP.implement("cpu", _cpu, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement("cuda", _fused, device="cuda", unavailable=_library.cuda_unavailable)
+_OP.implement("cpu", _fused, device="cpu", unavailable=_library.cpu_unavailable)
 _OP.implement("reference", vq_quantize_reference)
 
 
@@ -213,7 +215,7 @@ def vq_quantize(
         commitment_weight: beta, weight of the term that pulls x to its code.
         codebook_weight: weight of the term that pulls the code to x; 0 for codebooks learned
             otherwise.
-        backend: force "cpu" or "reference".
+        backend: force "cuda", "cpu" or "reference".
 
     Returns:
         VQResult(quantized, indices, loss): quantized has the shape and dtype of x; indices are
