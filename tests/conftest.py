@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
@@ -29,6 +30,13 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_numpy():
+    # Triton's interpreter computes with numpy, which warns where a GPU gives infinity or NaN.
+    with numpy.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture
