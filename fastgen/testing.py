@@ -287,8 +287,8 @@ def _affine_coupling(scale: str, inverse: bool) -> OpCase:
         options = {"scale": scale, "inverse": inverse}
         if scale in ("tanh", "atan"):
             options["scale_factor"] = 1.5
-        # log_det adds up what has the sign of raw_scale. Were it to cancel, the error rule would ask
-        # for more than the rounding of its terms leaves.
+        # log_det adds up what has the sign of raw_scale. Were it to cancel, the error rule would
+        # ask for more than the rounding of its terms leaves.
         raw_scale = maker.randn(*shape, mean=1.0)
         return Sample((maker.randn(*shape), raw_scale, maker.randn(*shape)), options)
 
