@@ -451,7 +451,7 @@ def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
         make=make,
         shapes=((9, 23, 8), (5, 2, 3, 7), (1, 1, 8), (5, 5), (6, 3, 2), (2, 1031, 4))
         + ((0, 4, 8), (3, 0, 8)),
-        grad_shape=(2, 3, 4),
+        grad_shape=(2, 2, 3),
         big_shape=(67, 129, 8),
         dims=((0, 4), (0, 30), (2, 20)),
         grad=(0, 1, 2, 3),

@@ -38,6 +38,20 @@ def rows(t: Tensor) -> tuple[Tensor, int]:
     return t.contiguous(), size
 
 
+def records(t: Tensor) -> tuple[Tensor, int]:
+    """A (..., k) tensor as records of k adjacent values, one fixed stride apart.
+
+    Returns:
+        The tensor, copied where there is no such stride, and the stride. Slices of a (..., n)
+        tensor are used where they lie.
+    """
+    size = t.shape[-1]
+    flat = t.reshape(t.numel() // max(size, 1), size)
+    if size > 1 and flat.stride(1) != 1:
+        flat = flat.contiguous()
+    return flat, flat.stride(0)
+
+
 def options(num_warps: int) -> dict[str, int | bool]:
     """Options of a launch. Products and sums fuse, whatever Triton's default is."""
     return {"num_warps": num_warps, "enable_fp_fusion": True}

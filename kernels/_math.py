@@ -11,14 +11,16 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
-    """e^x. float32: 2^(hi + lo), lo what the rounding of x log2(e) lost."""
+    """e^x."""
     if x.dtype == tl.float64:
-        return tl.exp(x)
-    x = tl.clamp(x, -150.0, 130.0, propagate_nan=tl.PropagateNan.ALL)
-    log2e = tl.full(x.shape, 1.4426950408889634, tl.float32)
-    hi = x * log2e
-    lo = tl.fma(x, log2e, -hi) + x * 1.925963033500e-8
-    return tl.exp2(hi) * (1.0 + 0.6931471805599453 * lo)
+        y = tl.exp(x)
+    else:
+        # x = n log(2) + r with r in [0, log(2)]: n times the first part of log(2) is exact.
+        x = tl.clamp(x, -150.0, 130.0, propagate_nan=tl.PropagateNan.ALL)
+        n = tl.floor(1.4426950408889634 * x)
+        r = (x - n * 0.693359375) + n * 2.12194440e-4
+        y = tl.exp2(1.4426950408889634 * r) * tl.exp2(n)
+    return y
 
 
 @triton.jit
@@ -39,14 +41,15 @@ def _log_polynomial(m):
 def log(x):
     """log(x) of a positive normal number, infinity or NaN."""
     if x.dtype == tl.float64:
-        return tl.log(x)
-    bits = x.to(tl.int32, bitcast=True)
-    # Exponent and mantissa in [sqrt(1/2), sqrt(2)).
-    shifted = bits - 0x3F3504F3
-    exponent = (shifted >> 23).to(tl.float32)
-    m = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    y = _log_polynomial(m) - 2.12194440e-4 * exponent
-    return tl.where(x < float("inf"), 0.693359375 * exponent + (m + y), x)
+        y = tl.log(x)
+    else:
+        # Exponent and mantissa in [sqrt(1/2), sqrt(2)).
+        shifted = x.to(tl.int32, bitcast=True) - 0x3F3504F3
+        exponent = (shifted >> 23).to(tl.float32)
+        m = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+        y = m + (_log_polynomial(m) - 2.12194440e-4 * exponent)
+        y = tl.where(x < float("inf"), 0.693359375 * exponent + y, x)
+    return y
 
 
 @triton.jit
@@ -55,11 +58,13 @@ def _log1p(u):
     if u.dtype == tl.float64:
         # Kahan's correction: exact where 1 + u rounds.
         d = (1.0 + u) - 1.0
-        return tl.where(d == 0.0, u, tl.log(1.0 + u) * (u / tl.where(d == 0.0, 1.0, d)))
-    near = u < 0.41421356
-    m = tl.where(near, u, 0.5 * u - 0.5)
-    y = _log_polynomial(m)
-    return tl.where(near, m + y, 0.693359375 + (m + (y - 2.12194440e-4)))
+        y = tl.where(d == 0.0, u, tl.log(1.0 + u) * (u / tl.where(d == 0.0, 1.0, d)))
+    else:
+        near = u < 0.41421356
+        m = tl.where(near, u, 0.5 * u - 0.5)
+        p = _log_polynomial(m)
+        y = tl.where(near, m + p, 0.693359375 + (m + (p - 2.12194440e-4)))
+    return y
 
 
 @triton.jit

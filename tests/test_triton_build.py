@@ -62,6 +62,15 @@ def _coupling(name, sizes, scale, inverse, registers, narrow):
     return Launch("affine_coupling", name, (*shapes, *[sizes] * 3), options, registers, narrow)
 
 
+def _spline(way, sizes, bins, inverse, batch_dims, registers, narrow):
+    theta = tuple((*sizes, k) for k in (bins, bins, bins - 1))
+    gradients = (sizes, (*sizes[:batch_dims], "sum")) if way == "bwd" else ()
+    options = (batch_dims, inverse, 3.0, 1e-3, 1e-3, 1e-3)
+    return Launch(
+        "rq_spline", f"rq_spline_{way}", (*gradients, sizes, *theta), options, registers, narrow
+    )
+
+
 LAUNCHES = (
     *(
         _coupling(f"affine_coupling_{way}", sizes, scale, inverse, 96, narrow)
@@ -72,6 +81,16 @@ LAUNCHES = (
             ((64, 24, 32, 32), "exp", True, 1),
             ((1000, 21), "atan", True, None),
             ((2**20, 2**12), "tanh", True, 1),
+        )
+    ),
+    *(
+        _spline(way, sizes, bins, inverse, batch_dims, 160, narrow)
+        for way in ("fwd", "bwd")
+        for sizes, bins, inverse, batch_dims, narrow in (
+            ((4096, 64), 8, False, 1, 99),
+            ((1000, 3), 8, True, 2, 99),
+            ((300, 1536), 10, True, 1, None),
+            ((2**16, 2**16), 32, False, 2, 99),
         )
     ),
 )
