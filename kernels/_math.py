@@ -2,7 +2,7 @@
 
 Triton's own float32 exp and log are the hardware's approximations, off by several ulp far from
 zero (exp) and near one (log); libdevice does not run under Triton's interpreter. float32 here:
-errors of a few ulp; polynomials are those of the Cephes library (S. Moshier).
+errors of one to three ulp; polynomials are those of the Cephes library (S. Moshier).
 """
 
 import triton
@@ -15,11 +15,18 @@ def exp(x):
     if x.dtype == tl.float64:
         y = tl.exp(x)
     else:
-        # x = n log(2) + r with r in [0, log(2)]: n times the first part of log(2) is exact.
+        # x = n log(2) + r with |r| <= log(2) / 2: n times the first part of log(2) is exact. The
+        # hardware's exp2 is exact where its argument is an integer.
         x = tl.clamp(x, -150.0, 130.0, propagate_nan=tl.PropagateNan.ALL)
-        n = tl.floor(1.4426950408889634 * x)
+        n = tl.floor(1.4426950408889634 * x + 0.5)
         r = (x - n * 0.693359375) + n * 2.12194440e-4
-        y = tl.exp2(1.4426950408889634 * r) * tl.exp2(n)
+        p = 1.9875691500e-4 * r + 1.3981999507e-3
+        p = p * r + 8.3334519073e-3
+        p = p * r + 4.1665795894e-2
+        p = p * r + 1.6666665459e-1
+        p = p * r + 5.0000001201e-1
+        # 2^128 is too large, twice 2^127 need not be.
+        y = (2.0 * (p * (r * r) + r) + 2.0) * tl.exp2(n - 1.0)
     return y
 
 

@@ -48,19 +48,40 @@ def _store_records(ptr, index, mask, column, SIZE: tl.constexpr, value):
 
 
 @triton.jit
-def _knots(raw, column, BINS: tl.constexpr, BOUND: tl.constexpr, MINIMUM: tl.constexpr):
+def _split(values, CENTRE: tl.constexpr):
+    """values as multiples of the last bit of CENTRE, whose sums up to CENTRE are exact, and the
+    rest. float64 is exact enough as it is."""
+    if values.dtype == tl.float64:
+        coarse = values
+    else:
+        coarse = (values + CENTRE) - CENTRE
+    return coarse, values - coarse
+
+
+@triton.jit
+def _knots(
+    raw,
+    column,
+    BINS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BOUND: tl.constexpr,
+    CENTRE: tl.constexpr,
+    MINIMUM: tl.constexpr,
+):
     """The softmax of raw sizes, and the upper ends of the bins."""
     LOW: tl.constexpr = 2 * BOUND * MINIMUM
     SCALE: tl.constexpr = 2 * BOUND * (1 - MINIMUM * BINS)
     raw = tl.where((column < BINS)[None, :], raw, -float("inf"))
     e = _math.exp(raw - tl.max(raw, 1, keep_dims=True))
-    total = tl.sum(e, 1, keep_dims=True)
-    inverse = 1.0 / total
-    # SCALE / total in two numbers: in one, its rounding would move every knot.
+    # SCALE / total and total in two numbers each: in one, their rounding would move every knot.
+    coarse, fine = _split(e, 3.0 * COLUMNS)
+    total, more = tl.sum(coarse, 1, keep_dims=True), tl.sum(fine, 1, keep_dims=True)
+    inverse = 1.0 / (total + more)
     factor = SCALE * inverse
-    rest = tl.fma(-factor, total, tl.full(total.shape, SCALE, total.dtype)) * inverse
-    sizes = e * factor + (e * rest + LOW)
-    ends = tl.cumsum(sizes, 1) - BOUND
+    rest = tl.fma(-factor, total, tl.full(total.shape, SCALE, total.dtype)) - factor * more
+    sizes = e * factor + (e * (rest * inverse) + LOW)
+    coarse, fine = _split(sizes, CENTRE)
+    ends = (tl.cumsum(coarse, 1) - BOUND) + tl.cumsum(fine, 1)
     return e * inverse, tl.where((column == BINS - 1)[None, :], BOUND, ends)
 
 
@@ -157,6 +178,7 @@ def _forward_kernel(
     STRIDE_DERIVATIVES: tl.constexpr,
     INVERSE: tl.constexpr,
     BOUND: tl.constexpr,
+    CENTRE: tl.constexpr,
     MIN_WIDTH: tl.constexpr,
     MIN_HEIGHT: tl.constexpr,
     MIN_DERIVATIVE: tl.constexpr,
@@ -176,8 +198,8 @@ def _forward_kernel(
     # Tails take a harmless point through the maths; NaN stays.
     outside = (v < -BOUND) | (v > BOUND)
     safe = tl.where(outside, 0.0, v)
-    _, ends_x = _knots(raw_w, column, BINS, BOUND, MIN_WIDTH)
-    _, ends_y = _knots(raw_h, column, BINS, BOUND, MIN_HEIGHT)
+    _, ends_x = _knots(raw_w, column, BINS, COLUMNS, BOUND, CENTRE, MIN_WIDTH)
+    _, ends_y = _knots(raw_h, column, BINS, COLUMNS, BOUND, CENTRE, MIN_HEIGHT)
     _, x0, x1, y0, y1, raw0, raw1 = _find_bin(
         safe, ends_x, ends_y, raw_d, column, INVERSE, BINS, BOUND
     )
@@ -247,6 +269,7 @@ def _backward_kernel(
     STRIDE_DERIVATIVES: tl.constexpr,
     INVERSE: tl.constexpr,
     BOUND: tl.constexpr,
+    CENTRE: tl.constexpr,
     MIN_WIDTH: tl.constexpr,
     MIN_HEIGHT: tl.constexpr,
     MIN_DERIVATIVE: tl.constexpr,
@@ -267,8 +290,8 @@ def _backward_kernel(
     gl = tl.load(grad_log_det_ptr + sample, mask, 0.0)
     outside = (v < -BOUND) | (v > BOUND)
     safe = tl.where(outside, 0.0, v)
-    p_w, ends_x = _knots(raw_w, column, BINS, BOUND, MIN_WIDTH)
-    p_h, ends_y = _knots(raw_h, column, BINS, BOUND, MIN_HEIGHT)
+    p_w, ends_x = _knots(raw_w, column, BINS, COLUMNS, BOUND, CENTRE, MIN_WIDTH)
+    p_h, ends_y = _knots(raw_h, column, BINS, COLUMNS, BOUND, CENTRE, MIN_HEIGHT)
     bin_, x0, x1, y0, y1, raw0, raw1 = _find_bin(
         safe, ends_x, ends_y, raw_d, column, INVERSE, BINS, BOUND
     )
@@ -350,6 +373,8 @@ def _constants(inverse: bool, bound: float, minima: Sequence[float]) -> dict[str
     return {
         "INVERSE": inverse,
         "BOUND": bound,
+        # 1.5 times the first power of two that is no less than the bound.
+        "CENTRE": 1.5 * 2.0 ** math.ceil(math.log2(bound)),
         "MIN_WIDTH": width,
         "MIN_HEIGHT": height,
         "MIN_DERIVATIVE": derivative,

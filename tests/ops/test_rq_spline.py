@@ -17,7 +17,7 @@ BINS = (1, 2, 3, 5, 8, 9, 17, 32)
 
 @pytest.fixture(autouse=True)
 def _large_tiles(monkeypatch):
-    """Triton's interpreter takes its time by the program, not by the element."""
+    """Of the Triton kernels in their interpreter, which takes its time by the program."""
     if _library.triton_interprets:
         kernels = importlib.import_module("fastgen.kernels.rq_spline")
         monkeypatch.setattr(kernels, "_TILE_BYTES", 2**17)
@@ -205,7 +205,7 @@ def test_slices_of_one_tensor():
     assert torch.equal(grad, torch.cat(torch.autograd.grad(expected, whole, ones), -1))
 
 
-@pytest.mark.parametrize("size", (1, 3, 16, 1023, 1024, 1025, 5000))
+@pytest.mark.parametrize("size", (1, 3, 16, 1023, 1024, 1025, 5000, 40000))
 def test_sum_of_log_det(size):
     """Samples shorter and longer than what one thread takes at a time."""
     x = 2 * torch.randn(5, size)
