@@ -51,10 +51,7 @@ def _store_records(ptr, index, mask, column, SIZE: tl.constexpr, value):
 def _split(values, CENTRE: tl.constexpr):
     """values as multiples of the last bit of CENTRE, whose sums up to CENTRE are exact, and the
     rest. float64 is exact enough as it is."""
-    if values.dtype == tl.float64:
-        coarse = values
-    else:
-        coarse = (values + CENTRE) - CENTRE
+    coarse = values if values.dtype == tl.float64 else (values + CENTRE) - CENTRE
     return coarse, values - coarse
 
 
