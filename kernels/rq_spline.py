@@ -10,8 +10,8 @@ d0 and d1 the derivatives at its ends.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,8 +64,9 @@ def _knots(
     BOUND: tl.constexpr,
     CENTRE: tl.constexpr,
     MINIMUM: tl.constexpr,
+    LOST: tl.constexpr,
 ):
-    """The softmax of raw sizes, and the upper ends of the bins."""
+    """The softmax of raw sizes, and the upper ends of the bins. SCALE, rounded, lacks LOST."""
     LOW: tl.constexpr = 2 * BOUND * MINIMUM
     SCALE: tl.constexpr = 2 * BOUND * (1 - MINIMUM * BINS)
     raw = tl.where((column < BINS)[None, :], raw, -float("inf"))
@@ -75,7 +76,8 @@ def _knots(
     total, more = tl.sum(coarse, 1, keep_dims=True), tl.sum(fine, 1, keep_dims=True)
     inverse = 1.0 / (total + more)
     factor = SCALE * inverse
-    rest = tl.fma(-factor, total, tl.full(total.shape, SCALE, total.dtype)) - factor * more
+    rest = tl.fma(-factor, total, tl.full(total.shape, SCALE, total.dtype))
+    rest += LOST - factor * more
     sizes = e * factor + (e * (rest * inverse) + LOW)
     coarse, fine = _split(sizes, CENTRE)
     ends = (tl.cumsum(coarse, 1) - BOUND) + tl.cumsum(fine, 1)
@@ -180,6 +182,8 @@ def _forward_kernel(
     MIN_HEIGHT: tl.constexpr,
     MIN_DERIVATIVE: tl.constexpr,
     SHIFT: tl.constexpr,
+    LOST_WIDTH: tl.constexpr,
+    LOST_HEIGHT: tl.constexpr,
     BINS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -195,8 +199,8 @@ def _forward_kernel(
     # Tails take a harmless point through the maths; NaN stays.
     outside = (v < -BOUND) | (v > BOUND)
     safe = tl.where(outside, 0.0, v)
-    _, ends_x = _knots(raw_w, column, BINS, COLUMNS, BOUND, CENTRE, MIN_WIDTH)
-    _, ends_y = _knots(raw_h, column, BINS, COLUMNS, BOUND, CENTRE, MIN_HEIGHT)
+    _, ends_x = _knots(raw_w, column, BINS, COLUMNS, BOUND, CENTRE, MIN_WIDTH, LOST_WIDTH)
+    _, ends_y = _knots(raw_h, column, BINS, COLUMNS, BOUND, CENTRE, MIN_HEIGHT, LOST_HEIGHT)
     _, x0, x1, y0, y1, raw0, raw1 = _find_bin(
         safe, ends_x, ends_y, raw_d, column, INVERSE, BINS, BOUND
     )
@@ -271,6 +275,8 @@ def _backward_kernel(
     MIN_HEIGHT: tl.constexpr,
     MIN_DERIVATIVE: tl.constexpr,
     SHIFT: tl.constexpr,
+    LOST_WIDTH: tl.constexpr,
+    LOST_HEIGHT: tl.constexpr,
     BINS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -287,8 +293,8 @@ def _backward_kernel(
     gl = tl.load(grad_log_det_ptr + sample, mask, 0.0)
     outside = (v < -BOUND) | (v > BOUND)
     safe = tl.where(outside, 0.0, v)
-    p_w, ends_x = _knots(raw_w, column, BINS, COLUMNS, BOUND, CENTRE, MIN_WIDTH)
-    p_h, ends_y = _knots(raw_h, column, BINS, COLUMNS, BOUND, CENTRE, MIN_HEIGHT)
+    p_w, ends_x = _knots(raw_w, column, BINS, COLUMNS, BOUND, CENTRE, MIN_WIDTH, LOST_WIDTH)
+    p_h, ends_y = _knots(raw_h, column, BINS, COLUMNS, BOUND, CENTRE, MIN_HEIGHT, LOST_HEIGHT)
     bin_, x0, x1, y0, y1, raw0, raw1 = _find_bin(
         safe, ends_x, ends_y, raw_d, column, INVERSE, BINS, BOUND
     )
@@ -365,8 +371,16 @@ def _plan(n_samples: int, size: int, bins: int, dtype: torch.dtype) -> tuple[int
     return programs, chunks, {**blocks, **options(min(16, 4 * tile * columns // values))}
 
 
-def _constants(inverse: bool, bound: float, minima: Sequence[float]) -> dict[str, Any]:
+@functools.lru_cache
+def _constants(
+    inverse: bool, bound: float, minima: tuple[float, ...], bins: int, dtype: torch.dtype
+) -> dict[str, Any]:
     width, height, derivative = minima
+
+    def lost(minimum: float) -> float:
+        scale = 2 * bound * (1 - minimum * bins)
+        return scale - torch.tensor(scale, dtype=accumulate_dtype(dtype), device="cpu").item()
+
     return {
         "INVERSE": inverse,
         "BOUND": bound,
@@ -376,6 +390,8 @@ def _constants(inverse: bool, bound: float, minima: Sequence[float]) -> dict[str
         "MIN_HEIGHT": height,
         "MIN_DERIVATIVE": derivative,
         "SHIFT": math.log(math.expm1(1 - derivative)),
+        "LOST_WIDTH": lost(width),
+        "LOST_HEIGHT": lost(height),
     }
 
 
@@ -433,7 +449,7 @@ def rq_spline_fwd(
         size,
         chunks,
         **strides,
-        **_constants(inverse, tail_bound, minima),
+        **_constants(inverse, tail_bound, minima, bins, x.dtype),
         **launch,
     )
     return y, log_det.sum(-1) if chunks > 1 else log_det
@@ -471,7 +487,7 @@ def rq_spline_bwd(
         size,
         chunks,
         **strides,
-        **_constants(inverse, tail_bound, minima),
+        **_constants(inverse, tail_bound, minima, bins, x.dtype),
         **launch,
     )
     return grads
