@@ -11,8 +11,8 @@ STAMPS := .venv/stamps
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 ASAN_BUILD := build/asan
-# What runs once more on each older instruction set; random shapes are drawn on the default path alone.
-ISA_TESTS := tests/test_isa.py tests/test_ops.py tests/ops -k 'not random_shapes'
+# What runs once more on each older instruction set.
+ISA_TESTS := tests/test_isa.py tests/test_ops.py tests/ops
 # What the interpreter runs: the generated suite, the kernels' own functions, and the op files that test every backend.
 TRITON_TESTS := tests/test_ops.py tests/test_triton_math.py tests/ops/test_affine_coupling.py \
   tests/ops/test_rq_spline.py

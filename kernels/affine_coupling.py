@@ -1,8 +1,9 @@
 """affine_coupling in Triton: forward or inverse in one pass, and its gradient in one pass.
 
-Bytes an element moves, at least: 4 values forward (x, raw_scale, shift; y), 6 backward (grad_y, x,
-raw_scale; three gradients), one more where the inverse needs shift. A program works on a tile of
-whole rows, or on one of the equal chunks of a long row; sums of chunks are added in a fixed order.
+Values an element moves, at least: 4 forward (x, raw_scale, shift; y), 5 in its gradient (grad_y, x,
+raw_scale; two gradients, that of shift being grad_y), 7 in that of the inverse. A program works on
+a tile of whole rows, or on one of the equal chunks of a long row; sums of chunks are added in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -141,15 +142,13 @@ def _backward_kernel(
     if INVERSE:
         shift = _load(shift_ptr, stride_shift, tile, T)
         grad_x = grad_y * _math.exp(-log_s)
-        grad_shift = -grad_x
+        _store(grad_shift_ptr, size, tile, -grad_x)
         grad_raw = -slope * (grad_x * (x - shift) + grad_log_det)
     else:
         grad_x = grad_y * _math.exp(log_s)
-        grad_shift = grad_y
         grad_raw = slope * (grad_x * x + grad_log_det)
     _store(grad_x_ptr, size, tile, grad_x)
     _store(grad_raw_ptr, size, tile, grad_raw)
-    _store(grad_shift_ptr, size, tile, grad_shift)
 
 
 def _plan(n_rows: int, size: int, dtype: torch.dtype) -> tuple[int, int, dict[str, Any]]:
@@ -217,10 +216,11 @@ def affine_coupling_bwd(
     inverse: bool,
     scale_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw operator fastgen::affine_coupling_bwd."""
+    """Raw operator fastgen::affine_coupling_bwd; forward has no third result, that is grad_y."""
     _check(x, grad_y=grad_y, raw_scale=raw_scale, shift=shift)
     check("affine_coupling: grad_log_det", grad_log_det, x, x.shape[:1], accumulate_dtype(x.dtype))
-    grad_x, grad_raw, grad_shift = (x.new_empty(x.shape) for _ in range(3))
+    grad_x, grad_raw = x.new_empty(x.shape), x.new_empty(x.shape)
+    grad_shift = x.new_empty(x.shape if inverse else (0,))
     if x.numel() == 0:
         return grad_x, grad_raw, grad_shift
     n_rows, size = x.shape[0], x.numel() // x.shape[0]

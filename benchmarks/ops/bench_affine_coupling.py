@@ -6,9 +6,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.case import Provider
 from benchmarks.flow_peers import affine_peers
 from benchmarks.harness import Case
 from fastgen import ops
+from fastgen.ops.affine_coupling import SCALES
+
+# As many bytes as the forward reads and writes, twice those of x.clone(). With a backward it is no
+# floor.
+COPY_OF_ALL = {
+    "copy of what it moves": Provider(
+        torch.clone, prepare=lambda x, raw_scale, shift: (torch.cat((x, raw_scale)),), grad=(0,)
+    )
+}
 
 
 def _case(batch: int, size: int, scale: str = "tanh") -> Case:
@@ -27,15 +37,14 @@ def _case(batch: int, size: int, scale: str = "tanh") -> Case:
         bytes_backward=5 * 4 * batch * size,
         flops_backward=8 * batch * size,
         # The form of Glow, the one scale that every library has.
-        peers=affine_peers() if scale == "sigmoid" else {},
+        peers=COPY_OF_ALL | (affine_peers() if scale == "sigmoid" else {}),
         small=partial(make, 16, torch.float64),
     )
 
 
 CASES = [
-    _case(65536, 64),
-    _case(65536, 64, "sigmoid"),
-    _case(1024, 3072),
+    *(_case(65536, 64, scale) for scale in SCALES),
+    *(_case(1024, 3072, scale) for scale in SCALES),
     _case(65536, 2),
     _case(1023, 37),
     _case(16, 64),

@@ -25,7 +25,7 @@ struct CouplingBackward {
   const S *x, *raw, *shift;
   std::int64_t grad_y_stride, x_stride, raw_stride, shift_stride, size;
   bool dense;
-  S *grad_x, *grad_raw, *grad_shift;
+  S *grad_x, *grad_raw, *grad_shift;  // grad_shift: of the inverse only
   CouplingScale scale;
   bool inverse;
   double factor;
@@ -94,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(const Tensor& grad_y, con
   check_shape(grad_log_det, {x.size(0)}, acc_type(x.scalar_type()), "affine_coupling: grad_log_det");
   const Rows gys(grad_y), xs(x), raws(raw_scale), shifts(shift);
   const Tensor gld = as_contiguous(grad_log_det);
-  Tensor grad_x = empty_contiguous(x), grad_raw = empty_contiguous(x), grad_shift = empty_contiguous(x);
+  Tensor grad_x = empty_contiguous(x), grad_raw = empty_contiguous(x);
+  Tensor grad_shift = inverse ? empty_contiguous(x) : new_empty(x, {0}, x.scalar_type());
   dispatch_dtype(x.scalar_type(), "affine_coupling", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const bool dense = gys.dense() && xs.dense() && raws.dense() && shifts.dense();

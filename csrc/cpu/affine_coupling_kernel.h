@@ -24,9 +24,9 @@ FASTGEN_INLINE ScaleTerms<T> scale_terms(Vec<T> raw, T factor) {
   } else {
     V log_scale = raw, slope = one;
     if constexpr (kScale == CouplingScale::kTanh) {
-      const V t = tanh(raw);
-      log_scale = V(factor) * t;
-      slope = V(factor) * fnma(t, t, one);
+      const TanhTerms<T> t = tanh_terms(raw);
+      log_scale = V(factor) * t.tanh;
+      slope = V(factor) * t.slope;
     } else if constexpr (kScale == CouplingScale::kAtan) {
       const T scaled = factor * T(0.63661977236758134308);
       log_scale = V(scaled) * atan(raw);
@@ -80,14 +80,12 @@ void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const V
   const S* x = a.x + piece.row * a.x_stride;
   const S* raw = a.raw + piece.row * a.raw_stride;
   const S* shift = a.shift + piece.row * a.shift_stride;
-  S* grad_x = a.grad_x + piece.row * a.size;
-  S* grad_raw = a.grad_raw + piece.row * a.size;
-  S* grad_shift = a.grad_shift + piece.row * a.size;
-  V gx, gr, gt;
+  const std::int64_t out = piece.row * a.size;
+  S *grad_x = a.grad_x + out, *grad_raw = a.grad_raw + out;
+  V gx, gr;
   const auto step = [&](V gy, V gld, V x, V raw, V shift) FASTGEN_INLINE_LAMBDA {
     const auto terms = scale_terms<kScale, kInverse>(raw, factor);
     gx = gy * terms.multiplier;
-    gt = kInverse ? -gx : gy;
     gr = kInverse ? -terms.slope * fma(gx, x - shift, gld) : terms.slope * fma(gx, x, gld);
   };
   std::int64_t j = piece.first;
@@ -95,7 +93,7 @@ void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const V
     step(load(gy + j), grad_log_det(j - piece.first), load(x + j), load(raw + j), load(shift + j));
     store(grad_x + j, gx);
     store(grad_raw + j, gr);
-    store(grad_shift + j, gt);
+    if constexpr (kInverse) store(a.grad_shift + out + j, -gx);
   }
   if (j < piece.last) {
     const int rest = static_cast<int>(piece.last - j);
@@ -103,7 +101,7 @@ void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const V
          load_n(shift + j, rest));
     store_n(grad_x + j, gx, rest);
     store_n(grad_raw + j, gr, rest);
-    store_n(grad_shift + j, gt, rest);
+    if constexpr (kInverse) store_n(a.grad_shift + out + j, -gx, rest);
   }
 }
 

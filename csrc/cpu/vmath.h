@@ -83,14 +83,23 @@ FASTGEN_INLINE Vec<float> log1p_unit(Vec<float> x) {
   return log_terms(select(high, V(1.0f), V(0.0f)), select(high, fma(V(0.5f), x, V(-0.5f)), x));
 }
 
-FASTGEN_INLINE Vec<float> tanh(Vec<float> x) {
+// tanh(x) and its derivative 1 - tanh(x)^2, the latter without cancellation.
+template <class T>
+struct TanhTerms {
+  Vec<T> tanh, slope;
+};
+
+FASTGEN_INLINE TanhTerms<float> tanh_terms(Vec<float> x) {
   using V = Vec<float>;
-  // With m = exp(-2 |x|) - 1: tanh |x| = -m / (m + 2). Beyond 20 it is 1.
+  // With e = exp(-2 |x|): tanh |x| = (1 - e) / (1 + e), and the derivative is 4 e / (1 + e)^2. Beyond 20 tanh
+  // is 1.
   const ExpTerms t = exp_terms(min(V(20.0f), abs(x)) * V(-2.0f));
   const V power = as_float((bits(t.shifted) - Words(127u)).shl<23>());
-  const V m = fma(fma(t.p, t.r * t.r, t.r), power, power - V(1.0f));
-  return flip_sign(-m / (m + V(2.0f)), bits(x));
+  const V near = fma(t.p, t.r * t.r, t.r), m = fma(near, power, power - V(1.0f)), sum = m + V(2.0f);
+  const V e = fma(near, power, power), half = V(2.0f) / sum;
+  return {flip_sign(-m / sum, bits(x)), e * half * half};
 }
+FASTGEN_INLINE Vec<float> tanh(Vec<float> x) { return tanh_terms(x).tanh; }
 
 FASTGEN_INLINE Vec<float> atan(Vec<float> x) {
   using V = Vec<float>;
@@ -123,6 +132,10 @@ inline Vec<double> log1p_unit(Vec<double> x) {
 }
 inline Vec<double> tanh(Vec<double> x) {
   return map(x, [](double a) { return std::tanh(a); });
+}
+inline TanhTerms<double> tanh_terms(Vec<double> x) {
+  const Vec<double> t = tanh(x);
+  return {t, fnma(t, t, Vec<double>(1.0))};
 }
 inline Vec<double> atan(Vec<double> x) {
   return map(x, [](double a) { return std::atan(a); });

@@ -49,7 +49,7 @@ struct FoundRows {
 constexpr std::int64_t kBlockRows = 240;
 
 // Rows that are scored together: blocks hold whole tiles.
-constexpr std::int64_t kMaxTileRows = 8;
+constexpr std::int64_t kMaxTileRows = 6;
 
 constexpr std::int64_t whole_tiles(std::int64_t rows) {
   return (rows + kMaxTileRows - 1) / kMaxTileRows * kMaxTileRows;

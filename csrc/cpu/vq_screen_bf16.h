@@ -17,7 +17,7 @@ bool bf16_screening();
 // Rounds each of `count` dense rows, and bounds from above what the rounding took: residual[i] >= |x_i - x^_i|.
 void round_to_bf16(const float* rows, std::int64_t count, std::int64_t size, Bf16Pair* pairs, float* residual);
 
-constexpr int kBf16TileRows = 8;
+constexpr int kBf16TileRows = 6;
 
 // minima (tiles * kBf16TileRows, sets): the least score of each set of codes, for rows of `pairs` pairs. panels:
 // per panel pairs x 2 * width, start: 2 * width a panel.

@@ -2,11 +2,10 @@
 
 namespace fastgen::FASTGEN_ISA_NS {
 
-// Rows a tile: as many as leave registers for one panel row and the running minima.
-#if defined(FASTGEN_SIMD_AVX512)
-constexpr int kTileRows = 8;
-#elif defined(FASTGEN_SIMD_AVX2)
-constexpr int kTileRows = 4;
+// Rows a tile: two chains each, enough to hide the latency of fma; more would run out of registers, for vectors on
+// AVX2 and for the addresses of the rows on AVX-512.
+#if defined(FASTGEN_SIMD_AVX512) || defined(FASTGEN_SIMD_AVX2)
+constexpr int kTileRows = 6;
 #else
 constexpr int kTileRows = 2;
 #endif

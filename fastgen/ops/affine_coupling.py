@@ -41,6 +41,7 @@ _fwd = _library.define(
     "affine_coupling_fwd(Tensor x, Tensor raw_scale, Tensor shift, str scale, bool inverse, "
     "float scale_factor) -> (Tensor, Tensor)"
 )
+# Of its third result, the gradient of shift, forward has none (0,): there it is grad_y itself.
 _bwd = _library.define(
     "affine_coupling_bwd(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor raw_scale, "
     "Tensor shift, str scale, bool inverse, float scale_factor) -> (Tensor, Tensor, Tensor)"
@@ -65,7 +66,8 @@ def _(
     inverse: bool,
     scale_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape)
+    grad_shift = x.new_empty(x.shape if inverse else (0,))
+    return x.new_empty(x.shape), x.new_empty(x.shape), grad_shift
 
 
 _library.register_vmap_fold("affine_coupling_fwd")
@@ -109,7 +111,9 @@ class _AffineCoupling(Function):
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple:
         tensors = (grad_y, grad_log_det, *ctx.saved_tensors)
         grads = run(_AffineCouplingBackward, _bwd, tensors, *ctx.options)
-        return *grads, None, None, None
+        grad_x, grad_raw_scale, grad_shift = grads
+        _, inverse, _ = ctx.options
+        return grad_x, grad_raw_scale, grad_shift if inverse else grad_y, None, None, None
 
 
 class _AffineCouplingBackward(Function):
@@ -131,8 +135,10 @@ class _AffineCouplingBackward(Function):
         def reference(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
             return affine_coupling_reference(x, raw_scale, shift, *ctx.options)
 
+        _, inverse, _ = ctx.options
+        wanted = (*grads[:2], grads[2] if inverse else None)
         gx, graw, gshift, ggy, ggld = reference_vjp(
-            reference, primals, (grad_y, grad_log_det), grads
+            reference, primals, (grad_y, grad_log_det), wanted
         )
         return ggy, ggld, gx, graw, gshift, None, None, None
 
