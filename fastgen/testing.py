@@ -459,7 +459,7 @@ def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
 
     def magnitudes(sample: Sample) -> tuple[Tensor | None, ...]:
         terms = ops.rq_spline(*sample.args, inverse=inverse, backend="reference")[1]
-        return None, terms.abs().flatten(1).sum(1)
+        return None, sum_per_sample(terms.abs())
 
     direction = "inverse" if inverse else "forward"
     return OpCase(
