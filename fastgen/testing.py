@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen import ops
+from fastgen import backends, ops
+from fastgen.ops._autograd import sum_per_sample
 
 __all__ = [
     "CASES",
@@ -27,6 +28,7 @@ __all__ = [
     "Sample",
     "assert_accurate",
     "assert_matches_reference",
+    "backends_here",
     "gradients",
     "outputs",
     "relayouts",
@@ -133,6 +135,15 @@ class OpCase:
     ) -> Sample:
         """Arguments for a shape."""
         return self.make(Maker(dtype, device, seed), shape)
+
+
+def backends_here(op: str, device: str = "cpu") -> list[str]:
+    """Names of the op's backends that can run on `device` in this process."""
+    return [
+        name
+        for name, implementation in backends.ops()[op].implementations.items()
+        if implementation.unavailable is None and implementation.device in (None, device)
+    ]
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
@@ -288,6 +299,11 @@ def _affine_coupling(scale: str, inverse: bool) -> OpCase:
             options["scale_factor"] = 1.5
         return Sample(tuple(maker.randn(*shape) for _ in range(3)), options)
 
+    def magnitudes(sample: Sample) -> tuple[Tensor | None, ...]:
+        each = Sample(tuple(t.reshape(-1, 1) for t in sample.args), sample.kwargs)
+        _, terms = ops.affine_coupling(*each.args, **each.kwargs, backend="reference")
+        return None, sum_per_sample(terms.abs().view(sample.args[0].shape))
+
     return OpCase(
         op="affine_coupling",
         name=f"{scale}-{'inverse' if inverse else 'forward'}",
@@ -298,6 +314,7 @@ def _affine_coupling(scale: str, inverse: bool) -> OpCase:
         dims=((0, 5), (0, 40)),
         grad=(0, 1, 2),
         vmap=(0, 1, 2),
+        magnitudes=magnitudes,
     )
 
 
@@ -442,7 +459,7 @@ def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
 
     def magnitudes(sample: Sample) -> tuple[Tensor | None, ...]:
         terms = ops.rq_spline(*sample.args, inverse=inverse, backend="reference")[1]
-        return None, terms.abs().flatten(1).sum(1)
+        return None, sum_per_sample(terms.abs())
 
     direction = "inverse" if inverse else "forward"
     return OpCase(
@@ -451,7 +468,7 @@ def _rq_spline(inverse: bool, sum_log_det: bool) -> OpCase:
         make=make,
         shapes=((9, 23, 8), (5, 2, 3, 7), (1, 1, 8), (5, 5), (6, 3, 2), (2, 1031, 4))
         + ((0, 4, 8), (3, 0, 8)),
-        grad_shape=(2, 3, 4),
+        grad_shape=(2, 2, 3),
         big_shape=(67, 129, 8),
         dims=((0, 4), (0, 30), (2, 20)),
         grad=(0, 1, 2, 3),

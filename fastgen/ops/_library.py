@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -43,6 +44,36 @@ def define(schema: str, *, constant: bool = False) -> torch._ops.OpOverload:
 def register_fake(name: str) -> Callable[[Callable], Callable]:
     """Decorator: the shape-only twin of raw operator `name`, for torch.compile and meta tensors."""
     return torch.library.register_fake(f"fastgen::{name}", lib=LIBRARY)
+
+
+def register_triton(op: str, *names: str) -> None:
+    """Makes the functions `names` of fastgen.kernels.<op> the CUDA kernels of those raw operators.
+
+    They are imported at the first call. Under TRITON_INTERPRET=1 they take the place of the CPU
+    kernels too, so that one autograd pair serves every device.
+    """
+    for name in names:
+        function = _triton_launcher(op, name)
+        LIBRARY.impl(name, function, "CUDA")
+        if triton_interprets:
+            with warnings.catch_warnings():
+                # PyTorch warns of the kernel that is replaced.
+                warnings.simplefilter("ignore")
+                LIBRARY.impl(name, function, "CPU")
+
+
+def _triton_launcher(op: str, name: str) -> Callable[..., Any]:
+    launcher: Callable[..., Any] | None = None
+
+    def launch(first: Tensor, *args: Any) -> Any:
+        nonlocal launcher
+        if launcher is None:
+            launcher = getattr(importlib.import_module(f"fastgen.kernels.{op}"), name)
+        # Triton launches on the current device, which may not be that of the tensors.
+        with torch.cuda.device_of(first):
+            return launcher(first, *args)
+
+    return launch
 
 
 def register_vmap_fold(name: str) -> None:
@@ -124,6 +155,28 @@ cuda_unavailable = (
     _load("_C_cuda", _BUILD["cuda"], _BUILD["cuda_reason"])
     if torch.version.cuda
     else "this torch has no CUDA"
+)
+
+#: Why Triton kernels are unavailable, or None.
+triton_unavailable = (
+    None
+    if importlib.util.find_spec("triton")
+    else "Triton is not installed (CUDA builds of PyTorch bring it)"
+)
+
+#: Whether Triton runs its kernels in its interpreter, on the memory of any device.
+triton_interprets = triton_unavailable is None and os.environ.get(
+    "TRITON_INTERPRET", ""
+).lower() in ("1", "true", "yes", "on", "y")
+
+#: Type of the devices that Triton kernels run on, None for all.
+triton_device = None if triton_interprets else "cuda"
+
+#: Why the CPU kernels of an op that has Triton kernels are unavailable, or None.
+cpu_unavailable_beside_triton = (
+    "TRITON_INTERPRET=1 puts the Triton kernels in their place"
+    if triton_interprets
+    else cpu_unavailable
 )
 
 #: What is broken, as opposed to left out on purpose: a build that should load and does not.

@@ -10,7 +10,8 @@ et al. 2019), where f is `scale_factor`.
 
 Shapes: x, raw_scale, shift (B, ...), one dtype of float32, float64, float16, bfloat16; y as x;
 log_det (B,) float32, float64 for float64 inputs. Half inputs are computed in float32. Gradients:
-first order fused, second and higher by the reference. Backends: cpu, reference.
+first order fused, second and higher by the reference. Backends:
+triton, cpu, reference.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def _(
 
 _library.register_vmap_fold("affine_coupling_fwd")
 _library.register_vmap_fold("affine_coupling_bwd")
+_library.register_triton("affine_coupling", "affine_coupling_fwd", "affine_coupling_bwd")
 
 
 def affine_coupling_reference(
@@ -141,7 +143,7 @@ class _AffineCouplingBackward(Function):
         return ggy, ggld, gx, graw, gshift, None, None, None
 
 
-def _cpu(
+def _fused(
     x: Tensor, raw_scale: Tensor, shift: Tensor, scale: str, inverse: bool, scale_factor: float
 ) -> tuple[Tensor, Tensor]:
     return run(_AffineCoupling, _fwd, (x, raw_scale, shift), scale, inverse, scale_factor)
@@ -167,7 +169,10 @@ def _prepare(
 
 
 _OP = backends.Op("affine_coupling", _prepare)
-_OP.implement("cpu", _cpu, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement(
+    "triton", _fused, device=_library.triton_device, unavailable=_library.triton_unavailable
+)
+_OP.implement("cpu", _fused, device="cpu", unavailable=_library.cpu_unavailable_beside_triton)
 _OP.implement("reference", affine_coupling_reference)
 
 
@@ -190,7 +195,7 @@ def affine_coupling(
         scale: how s comes from `raw_scale`: "exp" | "tanh" | "sigmoid" | "atan" (module docstring).
         inverse: undo the transform instead.
         scale_factor: bound f of log s for "tanh" and "atan"; the others ignore it.
-        backend: force "cpu" or "reference".
+        backend: force "triton", "cpu" or "reference".
 
     Returns:
         y: (B, ...), dtype of x.

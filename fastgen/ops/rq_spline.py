@@ -18,8 +18,8 @@ as a sum of squares and its root without cancellation, so that no input gives a 
 Shapes: x (...), widths and heights (..., K), derivatives (..., K - 1), one dtype of float32,
 float64, float16, bfloat16; y as x; log_det (...), or (B,) where summed, float32, float64 for
 float64 inputs. Half inputs are computed in float32. Gradients: first order fused, second and higher
-by the reference; log_det has a kink at each knot, where the bin above counts. Backends: cpu,
-reference.
+by the reference; log_det has a kink at each knot, where the bin above counts. Backends:
+triton, cpu, reference.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def _register_vmap(name: str, n_tensors: int) -> None:
 
 _register_vmap("rq_spline_fwd", 4)
 _register_vmap("rq_spline_bwd", 6)
+_library.register_triton("rq_spline", "rq_spline_fwd", "rq_spline_bwd")
 
 
 def _knots(raw: Tensor, tail_bound: float, minimum: float) -> Tensor:
@@ -220,7 +221,7 @@ class _RQSplineBackward(Function):
         return ggy, ggld, gx, gw, gh, gd, None, None, None, None, None, None
 
 
-def _cpu(
+def _fused(
     x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return run(_RQSpline, _fwd, (x, widths, heights, derivatives), *options)
@@ -270,7 +271,10 @@ def _prepare(
 
 
 _OP = backends.Op("rq_spline", _prepare)
-_OP.implement("cpu", _cpu, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement(
+    "triton", _fused, device=_library.triton_device, unavailable=_library.triton_unavailable
+)
+_OP.implement("cpu", _fused, device="cpu", unavailable=_library.cpu_unavailable_beside_triton)
 _OP.implement("reference", rq_spline_reference)
 
 
@@ -301,7 +305,7 @@ def rq_spline(
         sum_log_det: sum the log-derivatives of each sample.
         min_bin_width, min_bin_height: least share of 2B that a bin has, below 1 / K.
         min_derivative: least derivative at a knot, below 1.
-        backend: force "cpu" or "reference".
+        backend: force "triton", "cpu" or "reference".
 
     Returns:
         y: (...), dtype of x.

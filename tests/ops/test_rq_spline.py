@@ -1,5 +1,6 @@
 """rq_spline: the published formula, invertibility, and behaviour at the edges of its domain."""
 
+import importlib
 import math
 
 import numpy as np
@@ -8,8 +9,18 @@ import torch
 from torch.autograd.functional import jacobian
 
 from fastgen import ops
+from fastgen.ops import _library
+from fastgen.testing import backends_here
 
 BINS = (1, 2, 3, 5, 8, 9, 17, 32)
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles(monkeypatch):
+    """Of the Triton kernels in their interpreter, which takes its time by the program."""
+    if _library.triton_interprets:
+        kernels = importlib.import_module("fastgen.kernels.rq_spline")
+        monkeypatch.setattr(kernels, "_TILE_BYTES", 2**17)
 
 
 def parameters(*shape, bins, scale=1.0, dtype=torch.float64):
@@ -43,7 +54,7 @@ def published(x, widths, heights, derivatives, bound):
 
 
 @pytest.mark.parametrize("bins", BINS)
-@pytest.mark.parametrize("bound", (1.0, 3.0))
+@pytest.mark.parametrize("bound", (1.1, 3.0))
 def test_is_the_published_formula(bins, bound):
     x = 1.5 * bound * (2 * torch.rand(50, dtype=torch.float64) - 1)
     raw = parameters(50, bins=bins)
@@ -105,7 +116,7 @@ def test_monotone(scale, inverse):
 
 
 @both_directions
-@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("backend", backends_here("rq_spline"))
 @pytest.mark.parametrize("bins", BINS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_never_nan(dtype, bins, backend, inverse):
@@ -194,7 +205,7 @@ def test_slices_of_one_tensor():
     assert torch.equal(grad, torch.cat(torch.autograd.grad(expected, whole, ones), -1))
 
 
-@pytest.mark.parametrize("size", (1, 3, 16, 1023, 1024, 1025, 5000))
+@pytest.mark.parametrize("size", (1, 3, 16, 1023, 1024, 1025, 5000, 40000))
 def test_sum_of_log_det(size):
     """Samples shorter and longer than what one thread takes at a time."""
     x = 2 * torch.randn(5, size)
@@ -223,7 +234,7 @@ def test_no_less_exact_than_plain_pytorch(bins, inverse):
         return [t.detach().double() for t in (*results, *grads)]
 
     exact = everything(torch.float64, "reference")
-    ours, plain = everything(torch.float32, "cpu"), everything(torch.float32, "reference")
+    ours, plain = everything(torch.float32, None), everything(torch.float32, "reference")
     for a, b, e in zip(ours, plain, exact, strict=True):
         for q in 0.5, 0.9, 0.999:
             error, plain_error = ((t - e).abs().flatten().quantile(q) for t in (a, b))

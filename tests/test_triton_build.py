@@ -1,0 +1,234 @@
+"""The Triton kernels compiled for GPUs that need not be here: what the launchers launch, with the
+block sizes and hints they launch it with, and gates on what comes out of the assembler.
+
+The launchers run on meta tensors under a driver that only names an architecture, and what they
+would launch is compiled and read with cuobjdump, which comes with Triton.
+"""
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from fastgen.ops import _library
+
+triton = pytest.importorskip("triton", reason=str(_library.triton_unavailable))
+if _library.triton_interprets:
+    pytest.skip("TRITON_INTERPRET=1 compiles nothing", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver as drivers  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+#: What is compiled: every dtype for the architecture that is tuned for, one for the others.
+TARGETS = (
+    (80, torch.float32),
+    (90, torch.float32),
+    (90, torch.bfloat16),
+    (90, torch.float16),
+    (90, torch.float64),
+    (100, torch.bfloat16),
+)
+
+
+class Launch(NamedTuple):
+    """One call of a launcher, and what its kernels may use.
+
+    Attributes:
+        op: names the module in fastgen.kernels; the launcher is `name`.
+        name: of the launcher.
+        shapes: of the tensors, with the dtype under test, or that of sums where marked by "sum".
+        options: the remaining arguments.
+        registers: that a thread may use, at most; float64 is held to not spilling.
+        narrow: loads of less than 128 bits that a thread may issue, at most (of what a row has
+            once); None where rows do not start at multiples of 16 bytes.
+    """
+
+    op: str
+    name: str
+    shapes: tuple[tuple, ...]
+    options: tuple
+    registers: int
+    narrow: int | None = 0
+
+    @property
+    def id(self) -> str:
+        sizes = "x".join(str(n) for n in self.shapes[-1] if n != "sum")
+        return f"{self.name}-{'-'.join(str(o) for o in self.options)}-{sizes}"
+
+
+def _coupling(name, sizes, scale, inverse, registers, narrow):
+    backward = name.endswith("bwd")
+    shapes = (sizes, (*sizes[:1], "sum")) if backward else ()
+    options = (scale, inverse, 1.5)
+    return Launch("affine_coupling", name, (*shapes, *[sizes] * 3), options, registers, narrow)
+
+
+def _spline(way, sizes, bins, inverse, batch_dims, registers, narrow):
+    theta = tuple((*sizes, k) for k in (bins, bins, bins - 1))
+    gradients = (sizes, (*sizes[:batch_dims], "sum")) if way == "bwd" else ()
+    options = (batch_dims, inverse, 3.0, 1e-3, 1e-3, 1e-3)
+    return Launch(
+        "rq_spline", f"rq_spline_{way}", (*gradients, sizes, *theta), options, registers, narrow
+    )
+
+
+LAUNCHES = (
+    *(
+        _coupling(f"affine_coupling_{way}", sizes, scale, inverse, 96, narrow)
+        for way in ("fwd", "bwd")
+        for sizes, scale, inverse, narrow in (
+            ((512, 32), "tanh", False, 4),
+            ((256, 6, 16, 16), "sigmoid", False, 1),
+            ((64, 24, 32, 32), "exp", True, 1),
+            ((1000, 21), "atan", True, None),
+            ((2**20, 2**12), "tanh", True, 1),
+        )
+    ),
+    *(
+        _spline(way, sizes, bins, inverse, batch_dims, 160, narrow)
+        for way in ("fwd", "bwd")
+        for sizes, bins, inverse, batch_dims, narrow in (
+            ((4096, 64), 8, False, 1, 99),
+            ((1000, 3), 8, True, 2, 99),
+            ((300, 1536), 10, True, 1, None),
+            ((2**16, 2**16), 32, False, 2, 99),
+        )
+    ),
+)
+
+
+class NamedDriver:
+    """A driver of a GPU that is not there; enough to compile with."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        """The key of the caches of compiled kernels: one an architecture."""
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel uses; `loads` and `stores` are widths in bits, one an instruction
+    that reaches global memory."""
+
+    registers: int
+    stack: int
+    local: int
+    loads: list[int]
+    stores: list[int]
+
+
+@pytest.fixture
+def compile_for(monkeypatch, tmp_path):
+    """compile_for(arch, function, *args): the resources of each kernel that the call launches."""
+
+    def compile_for(arch: int, function: Any, *args: Any) -> dict[str, Resources]:
+        found = {}
+        run = triton.JITFunction.run
+
+        def compile_only(self, *args, grid, warmup, **options):
+            assert all(0 < n < 2**31 for n in grid)
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+            cubin = tmp_path / f"{self.__name__}.cubin"
+            cubin.write_bytes(kernel.asm["cubin"])
+            found[self.__name__] = resources(cubin)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.JITFunction, "run", compile_only)
+            patch.setattr(drivers, "_active", NamedDriver(arch), raising=False)
+            function(*args)
+        assert found, "nothing was launched"
+        return found
+
+    return compile_for
+
+
+def resources(cubin: Path) -> Resources:
+    def ask(option: str) -> str:
+        command = [CUOBJDUMP, option, cubin]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", ask("-res-usage")))
+    sass = ask("-sass")
+
+    def widths(instruction: str) -> list[int]:
+        opcodes = re.findall(rf"\b{instruction}(\.[.\w]+)? ", sass)
+        return [int((re.search(r"\.[US]?(8|16|64|128)\b", o) or [0, 32])[1]) for o in opcodes]
+
+    return Resources(
+        int(usage["REG"]), int(usage["STACK"]), int(usage["LOCAL"]), widths("LDG"), widths("STG")
+    )
+
+
+def arguments(launch: Launch, dtype: torch.dtype) -> tuple:
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = (
+        torch.empty(
+            [n for n in shape if n != "sum"],
+            dtype=sums if "sum" in shape else dtype,
+            device="meta",
+        )
+        for shape in launch.shapes
+    )
+    return (*tensors, *launch.options)
+
+
+def check(launch: Launch, dtype: torch.dtype, found: dict[str, Resources]) -> None:
+    """The gates."""
+    for name, used in found.items():
+        label = f"{name} {dtype}: {used}"
+        assert used.stack == used.local == 0, f"registers spill: {label}"
+        assert used.registers <= launch.registers or dtype == torch.float64, label
+        if launch.narrow is not None:
+            assert 128 in used.loads, label
+            assert sum(width < 128 for width in used.loads) <= launch.narrow, label
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"), TARGETS, ids=[f"sm_{a}-{str(d).removeprefix('torch.')}" for a, d in TARGETS]
+)
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.id)
+def test_compiles_within_its_resources(launch, arch, dtype, compile_for):
+    launcher = getattr(importlib.import_module(f"fastgen.kernels.{launch.op}"), launch.name)
+    check(launch, dtype, compile_for(arch, launcher, *arguments(launch, dtype)))
+
+
+@triton.jit
+def _planted_kernel(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i * stride)
+    tl.store(y_ptr + i, x / tl.sum(x))
+
+
+def plant(x, y, stride, block, **options):
+    _planted_kernel[(1,)](x, y, stride, BLOCK=block, **options)
+
+
+def test_the_gates_see_what_they_look_for(compile_for):
+    """Spilled registers, too many of them, and narrow loads."""
+    x = torch.empty(8192, device="meta")
+    gentle = Launch("", "", (), (), registers=255, narrow=None)
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    with pytest.raises(AssertionError, match="registers spill"):
+        found = compile_for(90, lambda: plant(x, x, 1, 4096, maxnreg=32, **options))
+        check(gentle, x.dtype, found)
+    found = compile_for(90, lambda: plant(x, x, 1, 512, **options))
+    check(gentle._replace(narrow=0), x.dtype, found)
+    with pytest.raises(AssertionError, match="registers="):
+        check(gentle._replace(registers=16), x.dtype, found)
+    with pytest.raises(AssertionError, match="loads="):
+        found = compile_for(90, lambda: plant(x, x, 7, 512, **options))
+        check(gentle._replace(narrow=0), x.dtype, found)
