@@ -129,6 +129,15 @@ def test_raw_operator_checks_sizes(wrong):
         torch.ops.fastgen.affine_coupling_fwd(*tensors.values(), "tanh", False, 1.0)
 
 
+def test_gradient_of_shift_is_not_copied():
+    """Forward adds shift, so the gradient of shift is that of y, in the same memory."""
+    x, raw, shift = (t.requires_grad_() for t in sample(4, 3))
+    y, _ = ops.affine_coupling(x, raw, shift)
+    grad_y = torch.randn_like(y)
+    _, grad_shift = torch.autograd.grad(y, (x, shift), grad_y)
+    assert grad_shift.data_ptr() == grad_y.data_ptr()
+
+
 @pytest.mark.parametrize("name", ("portable", "avx2", "avx512"))
 @pytest.mark.parametrize("scale", SCALES)
 def test_rows_of_every_length_in_every_layout(name, scale, isa):
