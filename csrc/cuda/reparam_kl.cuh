@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 template <class S, bool kMakesNoise, bool kVectors, bool kShortRows>
-__global__ void __launch_bounds__(kBlockThreads, 1) reparam_backward_kernel(ReparamBackward<S> a, unsigned pieces) {
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    reparam_backward_kernel(ReparamBackward<S> a, unsigned pieces) {
   using T = acc_t<S>;
   constexpr int kCount = kRowVector<S, kVectors>, kInputs = kMakesNoise ? 3 : 4;
   const Team<kShortRows> team(a.rows, a.size, pieces);
