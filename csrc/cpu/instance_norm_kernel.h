@@ -165,6 +165,33 @@ void norm_finish(const Norm& a, std::int64_t first, std::int64_t last) {
   }
 }
 
+// What a map takes: values of the planes, other for each row, or the same coefficients for every row.
+template <class S>
+struct Rows {
+  const S* first;
+};
+template <class S>
+FASTGEN_INLINE const S* at_row(Rows<S> rows, std::int64_t offset) {
+  return rows.first + offset;
+}
+template <class T>
+FASTGEN_INLINE const T* at_row(const T* coefficients, std::int64_t) {
+  return coefficients;
+}
+
+// out = f(in...) for `count` rows of n elements each.
+template <class S, class F, class... In>
+FASTGEN_INLINE void store_map(const NormShape& a, std::int64_t n, std::int64_t count, S* out, F f, In... in) {
+  if constexpr (std::is_same_v<S, acc_t<S>>) {
+    if (a.streamed && whole_vectors(n, out)) {
+      for (std::int64_t i = 0; i < n * count; i += n) transform_streaming(n, out + i, f, at_row(in, i)...);
+      stream_end();
+      return;
+    }
+  }
+  for (std::int64_t i = 0; i < n * count; i += n) transform(n, out + i, f, at_row(in, i)...);
+}
+
 template <class S>
 void norm_apply(const NormForward<S>& a, std::int64_t job, std::int64_t first, std::int64_t last) {
   using V = Vec<acc_t<S>>;
@@ -175,12 +202,11 @@ void norm_apply(const NormForward<S>& a, std::int64_t job, std::int64_t first, s
              *offset = a.offset + job * a.lanes;
   if (a.lanes == 1) {
     const V c(*centre), g(*gain), o(*offset);
-    transform(end - begin, y, [&](V v) { return centred_map(v, c, g, o); }, x);
+    store_map(a, end - begin, 1, y, [&](V v) { return centred_map(v, c, g, o); }, Rows<S>{x});
     return;
   }
-  for (std::int64_t r = begin; r < end; ++r, x += a.lanes, y += a.lanes) {
-    transform(a.lanes, y, [](V v, V c, V g, V o) { return centred_map(v, c, g, o); }, x, centre, gain, offset);
-  }
+  const auto step = [](V v, V c, V g, V o) { return centred_map(v, c, g, o); };
+  store_map(a, a.lanes, end - begin, y, step, Rows<S>{x}, centre, gain, offset);
 }
 
 template <class S>
@@ -193,13 +219,11 @@ void norm_apply(const NormBackward<S>& a, std::int64_t job, std::int64_t first, 
   const std::int64_t plane = job * a.lanes;
   if (a.lanes == 1) {
     const V e(a.grad_centre[plane]), g(a.gain[plane]), c(a.centre[plane]), s(a.slope[plane]), o(a.offset[plane]);
-    transform(end - begin, gx, [&](V v, V w) { return step(v, w, e, g, c, s, o); }, gy, x);
+    store_map(a, end - begin, 1, gx, [&](V v, V w) { return step(v, w, e, g, c, s, o); }, Rows<S>{gy}, Rows<S>{x});
     return;
   }
-  for (std::int64_t r = begin; r < end; ++r, gy += a.lanes, x += a.lanes, gx += a.lanes) {
-    transform(a.lanes, gx, step, gy, x, a.grad_centre + plane, a.gain + plane, a.centre + plane, a.slope + plane,
-              a.offset + plane);
-  }
+  store_map(a, a.lanes, end - begin, gx, step, Rows<S>{gy}, Rows<S>{x}, a.grad_centre + plane, a.gain + plane,
+            a.centre + plane, a.slope + plane, a.offset + plane);
 }
 
 // Whole jobs. Several small ones share the square roots and divisions of a vector.

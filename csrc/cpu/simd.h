@@ -35,6 +35,7 @@ struct Mask;
     static Vec load(const T* p) { return _mm512_loadu_##S(p); }                                                   \
     static Vec load_n(const T* p, int n) { return _mm512_maskz_loadu_##S(Mask<T>::first(n).m, p); }               \
     void store(T* p) const { _mm512_storeu_##S(p, v); }                                                           \
+    void stream(T* p) const { _mm512_stream_##S(p, v); }                                                          \
     void store_n(T* p, int n) const { _mm512_mask_storeu_##S(p, Mask<T>::first(n).m, v); }                        \
   };                                                                                                              \
   inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return _mm512_add_##S(a.v, b.v); }                                \
@@ -182,6 +183,7 @@ inline __m256i tail_mask(double, int n) {
     static Vec load(const T* p) { return _mm256_loadu_##S(p); }                                                   \
     static Vec load_n(const T* p, int n) { return _mm256_maskload_##S(p, tail_mask(T(), n)); }                    \
     void store(T* p) const { _mm256_storeu_##S(p, v); }                                                           \
+    void stream(T* p) const { _mm256_stream_##S(p, v); }                                                          \
     void store_n(T* p, int n) const { _mm256_maskstore_##S(p, tail_mask(T(), n), v); }                            \
   };                                                                                                              \
   inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return _mm256_add_##S(a.v, b.v); }                                \
@@ -356,7 +358,7 @@ FASTGEN_INLINE P greatest_of(P a, P b) {
 template <class T>
 struct Vec {
   using P = part_t<T>;
-  using I = part_t<lane_mask_t<T> >;
+  using I = part_t<lane_mask_t<T>>;
   static constexpr int width = 32 / sizeof(T);
   P v[2];
   Vec() = default;
@@ -378,6 +380,7 @@ struct Vec {
     return r;
   }
   FASTGEN_INLINE void store(T* p) const { std::memcpy(p, v, sizeof(v)); }
+  FASTGEN_INLINE void stream(T* p) const { store(p); }
   FASTGEN_INLINE void store_n(T* p, int n) const { std::memcpy(p, v, static_cast<std::size_t>(n) * sizeof(T)); }
 #define FASTGEN_LANEWISE(NAME, EXPRESSION)                                                                        \
   friend FASTGEN_INLINE Vec NAME(Vec a, Vec b) {                                                                  \
@@ -462,7 +465,7 @@ struct Words {
   }
   FASTGEN_INLINE Words sign() const {
     Words r;
-    FASTGEN_EACH r.v[i] = reinterpret_cast<P>(reinterpret_cast<part_t<std::int32_t> >(v[i]) >> 31);
+    FASTGEN_EACH r.v[i] = reinterpret_cast<P>(reinterpret_cast<part_t<std::int32_t>>(v[i]) >> 31);
     return r;
   }
 };
@@ -473,17 +476,17 @@ FASTGEN_INLINE Words bits(Vec<float> a) {
 }
 FASTGEN_INLINE Vec<float> as_float(Words a) {
   Vec<float> r;
-  FASTGEN_EACH r.v[i] = reinterpret_cast<part_t<float> >(a.v[i]);
+  FASTGEN_EACH r.v[i] = reinterpret_cast<part_t<float>>(a.v[i]);
   return r;
 }
 FASTGEN_INLINE Vec<float> int_to_float(Words a) {
   Vec<float> r;
-  FASTGEN_EACH r.v[i] = __builtin_convertvector(reinterpret_cast<part_t<std::int32_t> >(a.v[i]), part_t<float>);
+  FASTGEN_EACH r.v[i] = __builtin_convertvector(reinterpret_cast<part_t<std::int32_t>>(a.v[i]), part_t<float>);
   return r;
 }
 FASTGEN_INLINE Vec<float> select_sign(Words m, Vec<float> a, Vec<float> b) {
   Mask<float> negative;
-  FASTGEN_EACH negative.m[i] = reinterpret_cast<part_t<std::int32_t> >(m.sign().v[i]);
+  FASTGEN_EACH negative.m[i] = reinterpret_cast<part_t<std::int32_t>>(m.sign().v[i]);
   return select(negative, a, b);
 }
 
@@ -649,6 +652,25 @@ inline void transform(std::int64_t n, S* out, F f, const In*... in) {
     const int rest = static_cast<int>(n - i);
     store_n(out + i, f(load_n(in + i, rest)...), rest);
   }
+}
+
+// As transform, past the caches, so that the inputs stay there: for outputs in whole_vectors. stream_end() comes
+// after the last one.
+template <class S, class F, class... In>
+inline void transform_streaming(std::int64_t n, S* out, F f, const In*... in) {
+  constexpr int kWidth = decltype(load(out))::width;
+  for (std::int64_t i = 0; i < n; i += kWidth) f(load(in + i)...).stream(out + i);
+}
+template <class S>
+inline bool whole_vectors(std::int64_t n, const S* out) {
+  constexpr std::size_t kBytes = sizeof(Vec<acc_t<S>>);
+  return n * sizeof(S) % kBytes == 0 && reinterpret_cast<std::uintptr_t>(out) % kBytes == 0;
+}
+// Streamed stores are not ordered with others, such as those that tell another thread of the work done.
+inline void stream_end() {
+#if defined(FASTGEN_SIMD_AVX512) || defined(FASTGEN_SIMD_AVX2)
+  _mm_sfence();
+#endif
 }
 
 // Lanes combined in a fixed tree, so the same lanes give the same bits.

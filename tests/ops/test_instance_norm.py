@@ -372,6 +372,25 @@ def test_bad_arguments(change, error, message):
         ops.instance_norm(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("shape", ((4, 32, 256, 256), (4, 31, 261, 260)), ids=str)
+def test_results_stored_past_the_caches(shape, layout):
+    """32 MiB and more, aligned and not: the bits of the samples one by one, which are smaller."""
+    x, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+    scale, bias = torch.randn(shape[:2]), torch.randn(shape[:2])
+
+    def outcome(x, scale, bias, grad):
+        leaves = with_leaves(x, scale, bias)
+        y = ops.adain(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, grad)
+
+    assert x.numel() * x.element_size() >= 1 << 25
+    whole = outcome(x, scale, bias, grad)
+    parts = [outcome(*(t[i : i + 1] for t in (x, scale, bias, grad))) for i in range(len(x))]
+    for of_all, of_each in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(of_all, torch.cat(of_each))
+
+
 def test_adain_wants_one_parameter_for_each_plane():
     x = torch.ones(2, 3, 4)
     with pytest.raises(ValueError, match=r"scale: expected shape \(2, 3\) .* got \(3,\)"):
