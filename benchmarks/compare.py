@@ -95,7 +95,7 @@ def _environment() -> dict[str, str]:
 class Side:
     """A process that times the fastgen of one folder."""
 
-    def __init__(self, name: str, tree: Path) -> None:
+    def __init__(self, name: str, tree: Path, environment: Mapping[str, str]) -> None:
         self.name = name
         path = os.pathsep.join(map(str, dict.fromkeys((tree, ROOT))))
         self.process = subprocess.Popen(
@@ -104,7 +104,7 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**_environment(), "PYTHONPATH": path, "FASTGEN_WORKER_TREE": str(tree)},
+            env={**_environment(), **environment, "PYTHONPATH": path, "FASTGEN_WORKER_TREE": str(tree)},
         )
         self._answer()
 
@@ -214,8 +214,11 @@ def main(
     settings: Sequence[Setting],
     budget: float,
     out: Path | None,
+    environment: Mapping[str, str],
 ) -> int:
     """Compares, prints and writes a CSV (build/compare.csv, or compare.csv in `out`).
+
+    Both processes run with the variables of `environment` beside those of this one.
 
     Returns:
         0; 2 where the comparison cannot start or a side ends early; 130 where interrupted.
@@ -226,8 +229,8 @@ def main(
     try:
         commit = resolve(revision)
         tree = build(commit)
-        sides += [Side(commit[:12], tree)]
-        sides += [Side("the working tree", ROOT)]
+        sides += [Side(commit[:12], tree, environment)]
+        sides += [Side("the working tree", ROOT, environment)]
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=COLUMNS)
             writer.writeheader()

@@ -23,7 +23,7 @@ from benchmarks import compare, results
 from benchmarks.case import Case, Setting, Timing
 from benchmarks.harness import run_case
 from benchmarks.roof import Roof, measure_roof
-from fastgen import backends
+from fastgen import backends, memory
 from fastgen.ops import _library
 
 ROOT = results.ROOT
@@ -168,6 +168,13 @@ def parser(known: Sequence[str]) -> argparse.ArgumentParser:
         metavar="avx2,portable",
         help="instruction sets of fastgen's kernels, the others choose theirs (default: the best)",
     )
+    p.add_argument(
+        "--heap",
+        choices=("kept", "fresh"),
+        default="kept",
+        help="freed memory stays with the process, for all providers (kept), or the C library does "
+        "what it does by itself (fresh: large results on new pages each time)",
+    )
     p.add_argument("--out", type=Path, help="folder for CSV and PNG; default results/<machine>")
     p.add_argument(
         "--quick",
@@ -221,11 +228,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.quick:
         options.budget = QUICK_BUDGET
+    kept_heap = options.heap == "kept"
     if options.base is not None:
-        return compare.main(options.base, cases, chosen, options.budget, options.out)
+        environment = memory.ENVIRONMENT if kept_heap else {}
+        return compare.main(options.base, cases, chosen, options.budget, options.out, environment)
+    if kept_heap:
+        memory.keep_freed_memory()
+    suffix = "" if kept_heap else "-fresh-heap"
     keep = not options.quick or options.out is not None
     if keep and options.out is None:
-        options.out = ROOT / "benchmarks" / "results" / results.machine_name()
+        options.out = ROOT / "benchmarks" / "results" / (results.machine_name() + suffix)
     try:
         check_kept(options.out, cases)
     except ValueError as error:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fastgen.memory import keep_freed_memory
+
 _EXTRAS = {
     "accelerate": "accelerate",
     "jsonargparse": "jsonargparse",
@@ -51,11 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         exit status: 0, 1 (the training failed), 2 (a bad request) or 130 (interrupted).
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        # The process is this command's alone.
+        keep_freed_memory()
+        arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else 2
-    return run_command(_dispatch, arguments)
+    return run_command(_dispatch, list(arguments))
 
 
 def run_command(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

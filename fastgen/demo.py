@@ -17,6 +17,7 @@ from typing import Any
 
 import fastgen
 from fastgen.cli import CommandParser, needs_training, run_command
+from fastgen.memory import keep_freed_memory
 
 _SHORT_STEPS = 300
 _TIMED_STEPS = 30
@@ -25,7 +26,11 @@ _WARM_UP_STEPS = 5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status is that of `fastgen train`."""
-    return run_command(_demo, sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        # The process is this command's alone.
+        keep_freed_memory()
+        arguments = sys.argv[1:]
+    return run_command(_demo, arguments)
 
 
 @needs_training

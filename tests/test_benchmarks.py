@@ -370,7 +370,7 @@ def test_build_of_a_revision(monkeypatch, tmp_path):
 
 def test_two_processes_take_turns():
     case = next(case for case in run.all_cases("adain") if case.size == "8x512x4x4")
-    base, now = compare.Side("base", ROOT), compare.Side("now", ROOT)
+    base, now = (compare.Side(name, ROOT, {}) for name in ("base", "now"))
     try:
         where = {"op": "adain", "size": case.size, "mode": BOTH, "threads": 1, "isa": "portable"}
         result = compare.alternate(base, now, 0.0, **where)
@@ -386,7 +386,7 @@ def test_two_processes_take_turns():
 
 def test_the_wrong_package_is_noticed(tmp_path):
     with pytest.raises(compare.CompareError, match="the process of base ended"):
-        compare.Side("base", tmp_path)
+        compare.Side("base", tmp_path, {})
 
 
 def test_charts_label_without_overlap():
