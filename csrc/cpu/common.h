@@ -140,6 +140,13 @@ inline void check_like(const Tensor& t, const Tensor& like, const char* what) {
   check_shape(t, like.sizes(), like.scalar_type(), what);
 }
 
+// Whether `count` tensors like t are together so large that most of a result has left the caches, of which the
+// last level has some 32 MB, before it is read again.
+inline bool exceeds_caches(const Tensor& t, int count) {
+  constexpr std::int64_t kBytes = std::int64_t{48} << 20;
+  return count * t.numel() * static_cast<std::int64_t>(t.element_size()) >= kBytes;
+}
+
 // Asks for huge pages under a large fresh tensor. Where Linux gives them on request ("madvise", the usual
 // setting), a result costs one page fault for 2 MB instead of 512, and those faults are most of the time of an op
 // that only moves memory. It is advice: a system that ignores it changes nothing else.

@@ -12,7 +12,7 @@ constexpr std::int64_t kSmallPlane = 64;
 // and (jobs, lanes) = (B, C) what there is one of for each plane.
 struct NormShape {
   std::int64_t lanes, size, piece, pieces;
-  bool streamed;  // the result past the caches
+  bool past_caches;  // where the result goes
   std::int64_t piece_size(std::int64_t p) const { return std::min(piece, size - p * piece); }
 };
 
@@ -140,7 +140,7 @@ Results instance_norm_fwd(const Tensor& x, std::optional<Tensor> scale, std::opt
     const PlaneScratch<double> pieces(xs.pieces > 1 ? planes * xs.pieces : 0, 2);
     const PlaneScratch<T> maps(planes, 3);
     NormForward<S> args{};
-    static_cast<NormShape&>(args) = {xs.lanes, xs.size, xs.piece, xs.pieces, xs.exceeds_caches()};
+    static_cast<NormShape&>(args) = {xs.lanes, xs.size, xs.piece, xs.pieces, exceeds_caches(x, 2)};
     args.x = xs.pointers<const S>();
     args.y = Planes(y, xs.channels_last()).pointers<S>();
     args.eps = eps;
@@ -196,7 +196,7 @@ Results instance_norm_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& m
     } else {
       const PlaneScratch<T> maps(planes, 5);
       NormBackward<S> args{};
-      static_cast<NormShape&>(args) = {xs.lanes, xs.size, xs.piece, xs.pieces, xs.exceeds_caches()};
+      static_cast<NormShape&>(args) = {xs.lanes, xs.size, xs.piece, xs.pieces, exceeds_caches(x, 3)};
       args.grad_y = gys.pointers<const S>();
       args.x = xs.pointers<const S>();
       args.grad_x = Planes(grad_x, xs.channels_last()).pointers<S>();

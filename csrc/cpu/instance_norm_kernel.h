@@ -182,14 +182,13 @@ FASTGEN_INLINE const T* at_row(const T* coefficients, std::int64_t) {
 // out = f(in...) for `count` rows of n elements each.
 template <class S, class F, class... In>
 FASTGEN_INLINE void store_map(const NormShape& a, std::int64_t n, std::int64_t count, S* out, F f, In... in) {
-  if constexpr (std::is_same_v<S, acc_t<S>>) {
-    if (a.streamed && whole_vectors(n, out)) {
-      for (std::int64_t i = 0; i < n * count; i += n) transform_streaming(n, out + i, f, at_row(in, i)...);
-      stream_end();
-      return;
-    }
-  }
-  for (std::int64_t i = 0; i < n * count; i += n) transform(n, out + i, f, at_row(in, i)...);
+  with_stores(
+      a.past_caches, n,
+      [&](auto put) FASTGEN_INLINE_LAMBDA {
+        for (std::int64_t i = 0; i < n * count; i += n) transform_put(n, put, out + i, f, at_row(in, i)...);
+      },
+      out);
+  if (a.past_caches) stream_end();
 }
 
 template <class S>

@@ -11,9 +11,6 @@ constexpr std::int64_t kPlanePiece = 16384, kRowsPiece = 65536;
 // About what a core's own cache, and the one that cores share, keep between two sweeps.
 constexpr std::int64_t kOwnElements = std::int64_t{1} << 17, kSharedElements = std::int64_t{1} << 20;
 
-// Results from this size are not in any cache when they are next read.
-constexpr std::int64_t kUncachedBytes = std::int64_t{1} << 25;
-
 // A pointer to the first element of each job, see Planes. `channels` is 0 where jobs are `stride` apart
 // throughout.
 template <class S>
@@ -50,10 +47,6 @@ struct Planes {
   }
 
   bool channels_last() const { return lanes > 1; }
-
-  bool exceeds_caches() const {
-    return tensor.numel() * static_cast<std::int64_t>(tensor.element_size()) >= kUncachedBytes;
-  }
 
   template <class S>
   Jobs<S> pointers() const {

@@ -642,35 +642,55 @@ inline void store_lanes(S* p, Vec<T> a, int n) {
   n == Vec<T>::width ? store(p, a) : store_n(p, a, n);
 }
 
-// store(out + i, f(load(in + i)...)) for n elements of each pointer.
-template <class S, class F, class... In>
-inline void transform(std::int64_t n, S* out, F f, const In*... in) {
+// How whole vectors are stored: into the caches, or past them, which leaves the caches to the inputs and spares
+// reading what is overwritten.
+struct IntoCaches {
+  template <class S, class T>
+  FASTGEN_INLINE void operator()(S* p, Vec<T> a) const {
+    store(p, a);
+  }
+};
+struct PastCaches {
+  template <class T>
+  FASTGEN_INLINE void operator()(T* p, Vec<T> a) const {
+    a.stream(p);
+  }
+};
+
+// Stores past the caches are not ordered with others, such as those that tell another thread of the work done:
+// stream_end() comes after the last one.
+inline void stream_end() {
+#if defined(FASTGEN_SIMD_AVX512) || defined(FASTGEN_SIMD_AVX2)
+  _mm_sfence();
+#endif
+}
+
+// f(put) with put(p, vector) storing what is wanted, for n elements from `out` and from each of `more`. Only
+// aligned whole vectors can go past the caches.
+template <class S, class F, class... Out>
+FASTGEN_INLINE void with_stores(bool past_caches, std::int64_t n, F f, const S* out, const Out*... more) {
+  if constexpr (std::is_same_v<S, acc_t<S>>) {
+    const std::uintptr_t bits =
+        (reinterpret_cast<std::uintptr_t>(out) | ... | reinterpret_cast<std::uintptr_t>(more));
+    if (past_caches && n % Vec<S>::width == 0 && bits % sizeof(Vec<S>) == 0) return f(PastCaches{});
+  }
+  f(IntoCaches{});
+}
+
+// put(out + i, f(load(in + i)...)) for n elements of each pointer.
+template <class Put, class S, class F, class... In>
+FASTGEN_INLINE void transform_put(std::int64_t n, Put put, S* out, F f, const In*... in) {
   constexpr int kWidth = decltype(load(out))::width;
   std::int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(out + i, f(load(in + i)...));
+  for (; i + kWidth <= n; i += kWidth) put(out + i, f(load(in + i)...));
   if (i < n) {
     const int rest = static_cast<int>(n - i);
     store_n(out + i, f(load_n(in + i, rest)...), rest);
   }
 }
-
-// As transform, past the caches, so that the inputs stay there: for outputs in whole_vectors. stream_end() comes
-// after the last one.
 template <class S, class F, class... In>
-inline void transform_streaming(std::int64_t n, S* out, F f, const In*... in) {
-  constexpr int kWidth = decltype(load(out))::width;
-  for (std::int64_t i = 0; i < n; i += kWidth) f(load(in + i)...).stream(out + i);
-}
-template <class S>
-inline bool whole_vectors(std::int64_t n, const S* out) {
-  constexpr std::size_t kBytes = sizeof(Vec<acc_t<S>>);
-  return n * sizeof(S) % kBytes == 0 && reinterpret_cast<std::uintptr_t>(out) % kBytes == 0;
-}
-// Streamed stores are not ordered with others, such as those that tell another thread of the work done.
-inline void stream_end() {
-#if defined(FASTGEN_SIMD_AVX512) || defined(FASTGEN_SIMD_AVX2)
-  _mm_sfence();
-#endif
+inline void transform(std::int64_t n, S* out, F f, const In*... in) {
+  transform_put(n, IntoCaches{}, out, f, in...);
 }
 
 // Lanes combined in a fixed tree, so the same lanes give the same bits.
