@@ -104,7 +104,12 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**_environment(), **environment, "PYTHONPATH": path, "FASTGEN_WORKER_TREE": str(tree)},
+            env={
+                **_environment(),
+                **environment,
+                "PYTHONPATH": path,
+                "FASTGEN_WORKER_TREE": str(tree),
+            },
         )
         self._answer()
 
