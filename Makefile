@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo '  Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  ARGS= (passed on by test, test-triton, test-slow, test-isa, bench)'
+	@echo '  Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  ARGS= (passed on by test, test-triton, test-slow, test-isa, bench, gpu-check)'
 
 dev: $(STAMPS)/built ## make .venv, install what is needed, build and install fastgen in editable mode
 
@@ -96,11 +96,12 @@ wheel: dev ## build dist/fastgen-*.whl
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
-gpu-check: dev ## on a machine with an NVIDIA GPU: what is there, and the tests that need it
-	@$(BIN)/python -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)' || \
-	  { echo 'make gpu-check needs an NVIDIA GPU and a PyTorch built with CUDA (make dev TORCH=torch); there is none here' >&2; exit 2; }
-	$(BIN)/python -m fastgen.info
-	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+# No `dev` before it: on a machine without a package index it runs on PYTHON itself and what that has.
+gpu-check: ## build, test, measure and profile on a machine with an NVIDIA GPU, in ten minutes
+	@python=$(BIN)/python; $$python -c 'import torch' 2>/dev/null || python=$(PYTHON); \
+	$$python -c 'import torch' 2>/dev/null || \
+	  { echo 'make gpu-check needs a PyTorch built with CUDA: make dev TORCH=torch, or PYTHON=one that has it' >&2; exit 2; }; \
+	$$python -m benchmarks.gpu_check $(ARGS)
 
 clean: ## remove everything that make dev, test and wheel made
 	rm -rf .venv build dist fastgen.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,21 +12,31 @@ import torch
 from fastgen.ops import _library
 
 FORWARD, BOTH = "forward", "forward+backward"
+#: The gradient alone, of a graph that is kept; and the gradient of that of the first input.
+BACKWARD, SECOND = "backward", "second order"
+MODES = (FORWARD, BOTH, BACKWARD, SECOND)
 COPY, COPY_ALL = "x.clone()", "copy of what it moves"
 #: Providers that do not do the job of a case, but show how fast memory is.
 COPIES = (COPY, COPY_ALL)
 
 
+def dtype_note(dtype: torch.dtype) -> list[str]:
+    """What a case's `size` says of its dtype: nothing of float32."""
+    return [str(dtype).removeprefix("torch.")] * (dtype != torch.float32)
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a case is timed under: threads of everything, instruction set of fastgen's kernels."""
+    """What a case is timed under: threads of everything, and the instruction set of fastgen's
+    kernels, which on a GPU is its own ("sm_90")."""
 
     threads: int
     isa: str
 
     def apply(self) -> None:
         torch.set_num_threads(self.threads)
-        torch.ops.fastgen.force_cpu_isa(_library.CPU_ISAS.index(self.isa))
+        if self.isa in _library.CPU_ISAS:
+            torch.ops.fastgen.force_cpu_isa(_library.CPU_ISAS.index(self.isa))
 
     def __str__(self) -> str:
         return f"{self.threads} thread{'s' * (self.threads > 1)}, {self.isa}"
@@ -43,6 +53,7 @@ class Provider:
         tolerance: largest difference from fastgen on the case's `small` inputs, absolute and
             relative; more raises. None for what computes something else on purpose.
         package: name of the library for pip, whose version is recorded.
+        device: type of the devices that it runs on, "" for all.
     """
 
     function: Callable[..., Any]
@@ -50,6 +61,7 @@ class Provider:
     grad: tuple[int, ...] | None = None
     tolerance: float | None = None
     package: str = ""
+    device: str = ""
 
     def inputs(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         return tensors if self.prepare is None else self.prepare(*tensors)
@@ -79,11 +91,13 @@ class Case:
             an elementary function counts as one.
         bytes_backward, flops_backward: the same for backward alone, which reads its inputs again
             and writes the gradients; 0 and 0 where nobody has counted.
+        bytes_second: the same of the gradient of the gradient.
         peers: others doing the same on the same tensors, by name.
         small: makes arguments on which peers with a tolerance are compared with fastgen.
         compiled: whether to time torch.compile of the reference; False where the reference is
             written out over a dimension that makes compiling it take minutes.
         forward: whether to time forward alone.
+        more: further modes, BACKWARD and SECOND.
     """
 
     op: str
@@ -99,15 +113,21 @@ class Case:
     small: Callable[[], tuple[Any, ...]] | None = None
     compiled: bool = True
     forward: bool = True
+    more: tuple[str, ...] = ()
+    bytes_second: int = 0
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return (FORWARD,) * self.forward + (BOTH,) * bool(self.grad)
+        return (FORWARD,) * self.forward + (BOTH,) * bool(self.grad) + self.more
 
     def work(self, mode: str) -> tuple[int, int]:
         """Fewest bytes and operations of a mode; 0 and 0 where they are not known."""
         if mode == FORWARD:
             return self.bytes, self.flops
+        if mode == SECOND:
+            return self.bytes_second, 0
+        if mode == BACKWARD:
+            return self.bytes_backward, self.flops_backward
         if not self.bytes_backward and not self.flops_backward:
             return 0, 0
         return self.bytes + self.bytes_backward, self.flops + self.flops_backward

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.case import COPIES
 from benchmarks.results import ROOT, Row, machine_name, read
 
@@ -63,7 +65,8 @@ def slower(found: Sequence[Group]) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: 0, or 2 where the folder has no results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    default = ROOT / "benchmarks" / "results" / machine_name()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    default = ROOT / "benchmarks" / "results" / machine_name(device)
     parser.add_argument("folder", nargs="?", type=Path, default=default)
     folder = parser.parse_args(arguments).folder
     found = list(groups(folder))

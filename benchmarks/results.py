@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import fastgen
-from benchmarks.case import BOTH, FORWARD, Case, Timing
+from benchmarks.case import MODES, Case, Timing
 from benchmarks.roof import Roof
 
 ROOT = Path(__file__).parents[1]
@@ -34,13 +34,14 @@ COLUMNS = (
 Row = dict[str, str]
 
 
-def machine_name() -> str:
+def machine_name(device: str = "cpu") -> str:
     """A short name of this kind of machine, for the results folder.
 
-    Processor, family and model (a virtual machine often hides the processor's number) and cores.
+    Processor, family and model (a virtual machine often hides the processor's number) and cores; of
+    a GPU ("cuda") its name, "h200".
     """
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
+    if device == "cuda":
+        name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
     else:
         info = Path("/proc/cpuinfo")
         text = info.read_text() if info.exists() else ""
@@ -67,7 +68,14 @@ def revision() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def rows_of(case: Case, timings: Sequence[Timing], roof: Roof, isa: str, commit: str) -> list[Row]:
+def rows_of(
+    case: Case,
+    timings: Sequence[Timing],
+    roof: Roof,
+    isa: str,
+    commit: str,
+    device: str = "cpu",
+) -> list[Row]:
     """The CSV rows of one case, ratios relative to fastgen: 2 is twice as slow."""
     ours = {t.mode: t.seconds for t in timings if t.provider == "fastgen"}
     common = {
@@ -76,7 +84,7 @@ def rows_of(case: Case, timings: Sequence[Timing], roof: Roof, isa: str, commit:
         "fastgen": fastgen.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": machine_name(),
+        "machine": machine_name(device),
         "threads": str(torch.get_num_threads()),
         "isa": isa,
         "copy_gb_s": f"{roof.bandwidth / 1e9:.2f}",
@@ -126,8 +134,8 @@ def read(path: Path) -> list[Row]:
 
 
 def modes_of(table: Sequence[Row]) -> list[str]:
-    """The modes that the rows have, forward first."""
-    return [mode for mode in (FORWARD, BOTH) if any(row["mode"] == mode for row in table)]
+    """The modes that the rows have, in their order."""
+    return [mode for mode in MODES if any(row["mode"] == mode for row in table)]
 
 
 def update(

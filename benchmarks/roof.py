@@ -1,16 +1,23 @@
 """What the machine can do at most, measured in the process that is timed.
 
+`python -m benchmarks.roof` prints it.
+
 Two limits: memory, as the bandwidth of a copy, and arithmetic, as the rate of multiply-adds that
-wait for nothing, with the threads and the instruction set in use.
+wait for nothing, with the threads and the instruction set in use; on a GPU that of large matrix
+products, of random numbers: of zeros they are faster.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from benchmarks.clock import in_turn, sets_of_inputs, timed
 
 ROUNDS = 7
 
@@ -25,11 +32,13 @@ class Roof:
             matrix product without TF32.
         bf16_flops: the same for bfloat16 dot products accumulated in float32; 0 where the CPU or
             the chosen instruction set has none.
+        tf32_flops: the same for TF32; 0 on a CPU.
     """
 
     bandwidth: float
     flops: float
     bf16_flops: float = 0.0
+    tf32_flops: float = 0.0
 
     def share(self, bytes_: int, flops: int, seconds: float, bandwidth: float) -> float:
         """Fraction of the limit that `seconds` reached, NaN where no work is counted.
@@ -47,21 +56,26 @@ class Roof:
             max(self.bandwidth, other.bandwidth),
             max(self.flops, other.flops),
             max(self.bf16_flops, other.bf16_flops),
+            max(self.tf32_flops, other.tf32_flops),
         )
 
     def __str__(self) -> str:
         bf16 = f", bfloat16 dot {self.bf16_flops / 1e9:.0f} GFLOP/s" if self.bf16_flops else ""
+        tf32 = f", TF32 {self.tf32_flops / 1e9:.0f} GFLOP/s" if self.tf32_flops else ""
         copy, fma = self.bandwidth / 1e9, self.flops / 1e9
-        return f"copy {copy:.1f} GB/s, float32 multiply-add {fma:.0f} GFLOP/s{bf16}"
+        return f"copy {copy:.1f} GB/s, float32 multiply-add {fma:.0f} GFLOP/s{bf16}{tf32}"
 
 
-def _best_rate(probe: Callable[[int], float], seconds: float = 0.02) -> float:
+def _best_rate(probe: Callable[[int], float], device: torch.device, seconds: float = 0.02) -> float:
     """Work a second of `probe(repeats) -> work done`: the best of some rounds, as a limit is."""
-    repeats, rounds, best = 1, 0, 0.0
-    while rounds < ROUNDS:
-        start = time.perf_counter()
+    repeats, rounds, best, done = 1, 0, 0.0, 0.0
+
+    def run() -> None:
+        nonlocal done
         done = probe(repeats)
-        elapsed = time.perf_counter() - start
+
+    while rounds < ROUNDS:
+        elapsed = timed(run, device)
         if elapsed < seconds:
             repeats *= 2
             continue
@@ -72,41 +86,61 @@ def _best_rate(probe: Callable[[int], float], seconds: float = 0.02) -> float:
 
 def measure_roof(device: torch.device) -> Roof:
     """Measures the limits for the threads and the instruction set that are set now."""
-    x = torch.ones(32 << 20, device=device)
-    out = torch.empty_like(x)
-    cuda = device.type == "cuda"
+    count = 32 << 20
+    inputs = [torch.ones(count, device=device) for _ in range(sets_of_inputs(4 * count, device))]
+    out = torch.empty_like(inputs[0])
+    copies = in_turn([lambda x=x: out.copy_(x) for x in inputs])
 
     def copy(repeats: int) -> float:
         for _ in range(repeats):
-            out.copy_(x)
-        if cuda:
-            torch.cuda.synchronize(device)
-        return 2.0 * x.nbytes * repeats
+            copies()
+        return 2.0 * out.nbytes * repeats
 
-    bandwidth = _best_rate(copy)
-    if cuda:
-        return Roof(bandwidth, _matrix_product_rate(device))
+    bandwidth = _best_rate(copy, device)
+    if device.type == "cuda":
+        products = [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
+        return Roof(bandwidth, *(_matrix_product_rate(device, *which) for which in products))
     probes, threads = torch.ops.fastgen, torch.get_num_threads()
     has_bf16 = probes.bf16_dot_probe(1, 1) > 0
     return Roof(
         bandwidth,
-        _best_rate(lambda repeats: probes.fma_probe(threads, repeats)),
-        _best_rate(lambda repeats: probes.bf16_dot_probe(threads, repeats)) if has_bf16 else 0.0,
+        _best_rate(lambda n: probes.fma_probe(threads, n), device),
+        _best_rate(lambda n: probes.bf16_dot_probe(threads, n), device) if has_bf16 else 0.0,
     )
 
 
-def _matrix_product_rate(device: torch.device) -> float:
-    a = torch.randn(4096, 4096, device=device)
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _matrix_product_rate(device: torch.device, dtype: torch.dtype, tf32: bool) -> float:
+    a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
 
     def product(repeats: int) -> float:
         for _ in range(repeats):
-            a @ a
-        torch.cuda.synchronize(device)
+            torch.mm(a, b, out=out)
         return 2.0 * a.shape[0] ** 3 * repeats
 
-    try:
-        return _best_rate(product)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    with _tf32(tf32):
+        return _best_rate(product, device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: prints the limits."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roof", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = torch.device(parser.parse_args(arguments).device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}: {measure_roof(device)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

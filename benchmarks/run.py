@@ -3,7 +3,7 @@
 For each op: its tests first (no figures on red), then every case of `benchmarks/ops/bench_<op>.py`.
 Prints ratios to fastgen, the share of the measured roof and the peak of memory, and keeps a CSV an
 op and two charts in benchmarks/results/<machine>/. With `--base REV` compares the working tree with
-another revision instead.
+another revision instead. With `--device cuda` it times the GPU, at sizes of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from fastgen.ops import _library
 ROOT = results.ROOT
 CPU = torch.device("cpu")
 QUICK_BUDGET = 0.3
+#: What a mode of a case may take to compile on a GPU, where many cases must fit into minutes.
+COMPILE_LIMIT = 60.0
 
 
 def tests_pass(op: str) -> bool:
@@ -70,11 +73,30 @@ def print_timing(t: Timing, ours: float) -> None:
     )
 
 
+def wanted_of(case: Case, named: list[str] | None, compiled: str) -> list[str] | None:
+    """Names of the providers to time beside fastgen, None for all.
+
+    `compiled` is "yes", "no" or "only": whether those that torch.compile makes are among them.
+    """
+    if compiled == "yes":
+        return named
+    names = ["reference", "torch.compile", *case.peers]
+    return [
+        name
+        for name in names
+        if (named is None or name in named) and ("compile" in name) == (compiled == "only")
+    ]
+
+
 def time_case(case: Case, roof: Roof, options: argparse.Namespace) -> list[Timing]:
     """Times and prints one case under the setting in force."""
     timings: list[Timing] = []
     ours = float("nan")
-    for t in run_case(case, roof, budget=options.budget, wanted=options.providers):
+    wanted = wanted_of(case, options.providers, options.compiled)
+    device = torch.device(options.device)
+    for t in run_case(
+        case, roof, budget=options.budget, wanted=wanted, device=device, limit=options.limit
+    ):
         timings.append(t)
         if t.provider == "fastgen":
             ours = t.seconds
@@ -100,33 +122,48 @@ def bench_op(
     roofs: dict[Setting, Roof],
     progress: Progress,
     options: argparse.Namespace,
-) -> None:
-    """Times the chosen cases of one op under every setting; results are kept case by case."""
-    sizes = [case.size for case in all_cases(op)]
+) -> bool:
+    """Times the chosen cases of one op under every setting; results are kept case by case.
+
+    Returns:
+        Whether all went well; what goes wrong is printed, and the other cases follow.
+    """
+    fine = True
+    sizes = [case.size for case in all_cases(op, options.device)]
     commit = results.revision()
     for case in cases:
         times: dict[Setting, dict[str, float]] = {}
         for setting, roof in list(roofs.items()):
             progress.next(f"{op} {case.size}, {setting}")
             setting.apply()
-            roofs[setting] = roof = roof.or_more(measure_roof(CPU))
-            timings = time_case(case, roof, options)
+            if options.device == "cpu":
+                # What shares the machine comes and goes.
+                roofs[setting] = roof = roof.or_more(measure_roof(CPU))
+            try:
+                timings = time_case(case, roof, options)
+            except Exception:
+                traceback.print_exc()
+                fine = False
+                continue
             times[setting] = {t.mode: t.seconds for t in timings if t.provider == "fastgen"}
             if options.out is not None:
-                table = results.rows_of(case, timings, roof, setting.isa, commit)
-                keep_others = options.providers is not None
+                table = results.rows_of(case, timings, roof, setting.isa, commit, options.device)
+                keep_others = options.providers is not None or options.compiled != "yes"
                 results.update(options.out / f"{op}.csv", table, sizes, keep_others=keep_others)
-        if len({setting.threads for setting in roofs}) > 1:
+        if len({setting.threads for setting in times}) > 1:
             print_scaling(case, times)
+    return fine
 
 
-def all_cases(op: str) -> list[Case]:
-    return importlib.import_module(f"benchmarks.ops.bench_{op}").CASES
+def all_cases(op: str, device: str = "cpu") -> list[Case]:
+    """The cases of an op for a CPU or a GPU ("cuda")."""
+    module = importlib.import_module(f"benchmarks.ops.bench_{op}")
+    return module.GPU_CASES if device == "cuda" else module.CASES
 
 
-def chosen_cases(ops: Sequence[str], wanted: str) -> dict[str, list[Case]]:
+def chosen_cases(ops: Sequence[str], wanted: str, device: str = "cpu") -> dict[str, list[Case]]:
     """The cases of each op whose size contains `wanted`; ops with none are left out."""
-    chosen = {op: [case for case in all_cases(op) if wanted in case.size] for op in ops}
+    chosen = {op: [case for case in all_cases(op, device) if wanted in case.size] for op in ops}
     return {op: cases for op, cases in chosen.items() if cases}
 
 
@@ -154,11 +191,28 @@ def _thread_counts(text: str) -> list[int]:
 def parser(known: Sequence[str]) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
     p.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(known)}; default all")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     p.add_argument("--filter", default="", metavar="SIZE", help="only cases whose size contains it")
     p.add_argument(
         "--providers", type=_list, metavar="A,B", help="only these beside fastgen, e.g. faiss"
     )
+    p.add_argument(
+        "--compiled",
+        choices=("yes", "no", "only"),
+        default="yes",
+        help="whether to time what torch.compile makes, which takes most of the time of a run",
+    )
     p.add_argument("--budget", type=float, default=4.0, help="seconds a case and mode (default 4)")
+    p.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="what the first call of anything but fastgen may take, compilation included "
+        f"(default: none on a CPU, {COMPILE_LIMIT:g} on a GPU)",
+    )
+    p.add_argument(
+        "--skip-tests", action="store_true", help="the op's tests have been run just before"
+    )
     p.add_argument(
         "--threads", type=_thread_counts, metavar="1,2", help="thread counts (default: all cores)"
     )
@@ -189,8 +243,20 @@ def settings(options: argparse.Namespace) -> list[Setting]:
     """Every combination of thread count and instruction set.
 
     Raises:
-        ValueError: an instruction set that is unknown or that the machine lacks.
+        ValueError: an instruction set that is unknown or that the machine lacks; a GPU that is not
+            there, or an argument that means nothing on it.
     """
+    if options.device == "cuda":
+        refused = {"--threads": options.threads, "--isa": options.isa, "--base": options.base}
+        for name, value in refused.items():
+            if value is not None:
+                raise ValueError(f"{name} is for --device cpu")
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: there is no NVIDIA GPU that PyTorch can use here")
+        major, minor = torch.cuda.get_device_capability()
+        return [Setting(torch.get_num_threads(), f"sm_{major}{minor}")]
+    if _library.cpu_unavailable is not None:
+        raise ValueError(f"no CPU kernels to time: {_library.cpu_unavailable}")
     best = torch.ops.fastgen.best_cpu_isa()
     found = []
     for isa in options.isa or [_library.CPU_ISAS[torch.ops.fastgen.cpu_isa()]]:
@@ -206,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point.
 
     Returns:
-        0; 1 where an op's tests fail; 2 for a bad argument; 130 where it was interrupted.
+        0; 1 where an op's tests or a case fail; 2 for a bad argument; 130 where it was interrupted.
     """
     known = sorted(backends.ops())
     p = parser(known)
@@ -215,13 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [op for op in options.ops if op not in known]
     if unknown:
         refuse(f"unknown op {unknown[0]!r}; expected one of {', '.join(known)}\n")
-    if _library.cpu_unavailable is not None:
-        refuse(f"no CPU kernels to time: {_library.cpu_unavailable}\n")
     try:
         chosen = settings(options)
     except ValueError as error:
         refuse(f"{error}\n")
-    cases = chosen_cases(options.ops or known, options.filter)
+    cases = chosen_cases(options.ops or known, options.filter, options.device)
     if not cases:
         refuse(
             f"--filter {options.filter!r}: no case of {', '.join(options.ops or known)} has it\n"
@@ -237,7 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suffix = "" if kept_heap else "-fresh-heap"
     keep = not options.quick or options.out is not None
     if keep and options.out is None:
-        options.out = ROOT / "benchmarks" / "results" / (results.machine_name() + suffix)
+        name = results.machine_name(options.device) + suffix
+        options.out = ROOT / "benchmarks" / "results" / name
+    if options.limit is None and options.device == "cuda":
+        options.limit = COMPILE_LIMIT
     try:
         check_kept(options.out, cases)
     except ValueError as error:
@@ -252,25 +319,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(
     cases: dict[str, list[Case]], chosen: Sequence[Setting], options: argparse.Namespace
 ) -> int:
-    """Tests and times every op; returns 1 where tests failed, else 0."""
-    print(f"machine: {results.machine_name()}, torch {torch.__version__}")
+    """Tests and times every op; returns 1 where tests or cases failed, else 0."""
+    print(f"machine: {results.machine_name(options.device)}, torch {torch.__version__}")
     roofs = {}
     for setting in chosen:
         setting.apply()
-        roofs[setting] = measure_roof(CPU)
+        roofs[setting] = measure_roof(torch.device(options.device))
         print(f"roof, {setting}: {roofs[setting]}")
     progress = Progress(len(chosen) * sum(len(of_op) for of_op in cases.values()))
-    red = []
+    red, fine = [], True
     for op, of_op in cases.items():
-        if options.out is not None and not tests_pass(op):
+        if options.out is not None and not options.skip_tests and not tests_pass(op):
             red.append(op)
             progress.done += len(chosen) * len(of_op)
             print(f"\n{op}: tests fail, no figures")
             continue
-        bench_op(op, of_op, roofs, progress, options)
-    if options.out is not None and len(red) < len(cases):
+        fine &= bench_op(op, of_op, roofs, progress, options)
+    if options.out is not None and any(options.out.glob("*.csv")):
         draw(options.out)
-    return 1 if red else 0
+    return 1 if red or not fine else 0
 
 
 def draw(folder: Path) -> None:

@@ -22,7 +22,8 @@ import torch  # noqa: E402
 
 import fastgen  # noqa: E402
 from benchmarks.case import Setting  # noqa: E402
-from benchmarks.harness import make_step, timed  # noqa: E402
+from benchmarks.clock import timed  # noqa: E402
+from benchmarks.harness import make_step  # noqa: E402
 
 CPU = torch.device("cpu")
 #: Untimed seconds at the start of a turn: the other process's threads have just been running.

@@ -3,7 +3,10 @@
 import math
 import shutil
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +17,18 @@ from fastgen.ops import _library
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import compare, memory, results, run  # noqa: E402
-from benchmarks.case import BOTH, COPY, FORWARD, Case, Provider, Timing  # noqa: E402
-from benchmarks.harness import check_same, run_case  # noqa: E402
+from benchmarks import clock, compare, memory, results, run  # noqa: E402
+from benchmarks.case import (  # noqa: E402
+    BACKWARD,
+    BOTH,
+    COPY,
+    FORWARD,
+    SECOND,
+    Case,
+    Provider,
+    Timing,
+)
+from benchmarks.harness import check_same, make_step, providers, run_case  # noqa: E402
 from benchmarks.roof import Roof, measure_roof  # noqa: E402
 
 ROOF = Roof(bandwidth=1e9, flops=2e9)
@@ -72,6 +84,55 @@ def test_a_missing_peer_is_named():
     assert notes == {(FORWARD, "not installed: nolib"), (BOTH, "not installed: nolib")}
 
 
+def failing(x):
+    raise RuntimeError("out of something\nand more")
+
+
+def test_a_peer_that_fails_is_noted():
+    timings = list(run_case(tiny(peers={"other": failing}), ROOF, budget=0))
+    notes = {(t.mode, t.note) for t in timings if t.provider == "other"}
+    assert {note for _, note in notes} == {"RuntimeError: out of something"}
+    assert {t.mode for t in timings if t.provider == "fastgen"} == {FORWARD, BOTH}
+
+
+def test_fastgen_may_not_fail():
+    case = replace(tiny(), call=lambda x, backend=None: failing(x))
+    with pytest.raises(RuntimeError, match="out of something"):
+        list(run_case(case, ROOF, budget=0))
+
+
+def test_what_takes_too_long_is_noted():
+    def slow(x):
+        time.sleep(30)
+
+    timings = run_case(tiny(peers={"slow": slow}), ROOF, budget=0, limit=0.2)
+    notes = {t.note for t in timings if t.provider == "slow"}
+    assert notes == {"TimeoutError: not done after 0.2 s"}
+
+
+def test_gradients_alone_and_of_second_order():
+    """Of y = x^3: 3 x^2, and with a cotangent v the gradient of 3 x^2 v for x and v."""
+    x = torch.randn(5)
+    step = make_step(lambda t: t**3, (x,), (0,), BACKWARD)
+    for _ in range(2):
+        torch.testing.assert_close(step(), (3 * x**2,))
+    step = make_step(lambda t: t**3, (x,), (0,), SECOND)
+    for _ in range(2):
+        torch.testing.assert_close(step(), (6 * x, 3 * x**2))
+    case = tiny(more=(BACKWARD, SECOND), bytes_backward=10, bytes_second=20)
+    assert case.modes == (FORWARD, BOTH, BACKWARD, SECOND)
+    assert (case.work(BACKWARD), case.work(SECOND)) == ((10, 0), (20, 0))
+    timed = {t.mode for t in run_case(case, ROOF, budget=0) if t.provider == "fastgen"}
+    assert timed == {FORWARD, BOTH, BACKWARD, SECOND}
+
+
+def test_providers_of_a_device():
+    peers = {"cpu": Provider(negated, device="cpu"), "gpu": Provider(negated, device="cuda")}
+    case = tiny(peers=peers)
+    assert list(providers(case)) == ["fastgen", "reference", "cpu"]
+    assert list(providers(case, None, torch.device("cuda"))) == ["fastgen", "reference", "gpu"]
+
+
 def test_wanted_providers():
     timings = run_case(tiny(peers={"other": missing}), ROOF, budget=0, wanted=["reference"])
     assert {t.provider for t in timings} == {"fastgen", "reference", COPY}
@@ -92,10 +153,11 @@ def test_inputs_of_a_peer_can_be_converted():
 
 
 @pytest.mark.parametrize("op", sorted(backends.ops()))
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
 @pytest.mark.filterwarnings("ignore")
-def test_cases_of_an_op(op):
+def test_cases_of_an_op(op, device):
     """Sizes are keys, every mode has its work counted, peers compute what they claim."""
-    cases = run.all_cases(op)
+    cases = run.all_cases(op, device)
     assert len({case.size for case in cases}) == len(cases)
     for case in cases:
         assert case.op == op
@@ -106,6 +168,88 @@ def test_cases_of_an_op(op):
                     check_same(case, name, peer)
                 except ImportError:
                     continue
+
+
+# --- a GPU that is not there -------------------------------------------------------------------
+
+CUDA = torch.device("cuda")
+
+
+class FakeGpu:
+    """A device whose calls take 2 ms, after which its events find the clock moved."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.waits, fake = 0.0, 0, self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = fake.now
+
+            def synchronize(self):
+                fake.waits += 1
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        properties = SimpleNamespace(L2_cache_size=60 * 2**20)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def call(self):
+        self.now += 2e-3
+
+
+def test_events_time_calls_without_waiting_between_them(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    assert clock.timed(gpu.call, CUDA, calls=10) == pytest.approx(2e-3)
+    assert gpu.waits == 1
+    assert clock.calls_of_batch(gpu.call, CUDA) == round(clock.BATCH / 2e-3)
+    assert clock.calls_of_batch(gpu.call, torch.device("cpu")) == 1
+
+
+def test_inputs_take_turns_where_they_would_stay_in_the_cache(monkeypatch):
+    FakeGpu(monkeypatch)
+    mib = 2**20
+    sizes = (0, 1, 20 * mib, 100 * mib, 180 * mib, 1000 * mib)
+    found = [clock.sets_of_inputs(size, CUDA) for size in sizes]
+    assert found == [1, clock.MOST_SETS, 9, 2, 1, 1]
+    assert clock.sets_of_inputs(20 * mib, torch.device("cpu")) == 1
+    seen = []
+    step = clock.in_turn([lambda i=i: seen.append(i) for i in range(3)])
+    for _ in range(4):
+        step()
+    assert seen == [0, 1, 2, 0]
+
+
+def test_a_limit_of_time_ends_with_its_block():
+    with pytest.raises(TimeoutError, match="not done after 0.05 s"), clock.time_limit(0.05):
+        time.sleep(30)
+    with clock.time_limit(0.05), clock.time_limit(None):
+        pass
+    time.sleep(0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(capsys):
+    for arguments, message in (
+        (["--device", "cuda"], "--device cuda: there is no NVIDIA GPU"),
+        (["--device", "cuda", "--threads", "1"], "--threads is for --device cpu"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            run.main(arguments)
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_which_of_the_providers_compile():
+    case = tiny(peers={"torch": negated, "torch compiled": negated})
+    assert run.wanted_of(case, None, "yes") is None
+    assert run.wanted_of(case, None, "no") == ["reference", "torch"]
+    assert run.wanted_of(case, None, "only") == ["torch.compile", "torch compiled"]
+    assert run.wanted_of(case, ["torch", "torch compiled"], "no") == ["torch"]
 
 
 def test_work_of_a_mode():
@@ -264,14 +408,15 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 def only_tiny(monkeypatch, *cases, green=True):
-    monkeypatch.setattr(run, "all_cases", lambda op: list(cases))
+    monkeypatch.setattr(run, "all_cases", lambda op, device: list(cases))
     monkeypatch.setattr(run, "tests_pass", lambda op: green)
     monkeypatch.setattr(run, "measure_roof", lambda device: ROOF)
 
 
 def test_a_run_keeps_results(monkeypatch, tmp_path, capsys, setting_kept):
     pytest.importorskip("matplotlib")
-    counted = tiny(peers={"other": missing}, bytes_backward=10, flops_backward=1)
+    more = {"more": (BACKWARD, SECOND), "bytes_second": 10}
+    counted = tiny(peers={"other": missing}, bytes_backward=10, flops_backward=1, **more)
     only_tiny(monkeypatch, counted, tiny("1x2x8"))
     arguments = ["instance_norm", "--threads", "1,2", "--isa", "portable", "--budget", "0"]
     assert run.main([*arguments, "--providers", "reference,other", "--out", str(tmp_path)]) == 0
@@ -279,11 +424,12 @@ def test_a_run_keeps_results(monkeypatch, tmp_path, capsys, setting_kept):
     keys = [tuple(row[c] for c in ("size", "threads", "mode", "provider")) for row in rows]
     names = {"2x3x4": ("fastgen", "reference", "other", COPY)}
     names["1x2x8"] = ("fastgen", "reference", COPY)
+    modes = {"2x3x4": (FORWARD, BOTH, BACKWARD, SECOND), "1x2x8": (FORWARD, BOTH)}
     assert set(keys) == {
         (size, threads, mode, name)
         for size in names
         for threads in "12"
-        for mode in (FORWARD, BOTH)
+        for mode in modes[size]
         for name in names[size]
     }
     assert {row["note"] for row in rows if row["provider"] == "other"} == {"not installed: nolib"}
@@ -316,6 +462,15 @@ def test_the_tests_of_the_op_decide(monkeypatch, tmp_path, green):
     (folder / "test_it.py").write_text(f"def test_it(): assert {green}\n")
     monkeypatch.setattr(run, "ROOT", tmp_path)
     assert run.tests_pass("it") is green
+
+
+def test_a_failing_case_does_not_stop_the_others(monkeypatch, tmp_path, capsys, setting_kept):
+    bad = replace(tiny(), call=lambda x, backend=None: failing(x))
+    only_tiny(monkeypatch, bad, tiny("1x2x8"))
+    arguments = ["instance_norm", "--budget", "0", "--providers", "reference"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert {row["size"] for row in results.read(tmp_path / "instance_norm.csv")} == {"1x2x8"}
+    assert "RuntimeError: out of something" in capsys.readouterr().err
 
 
 def test_quick_keeps_nothing(monkeypatch, setting_kept):

@@ -1,1 +1,2 @@
-"""One benchmark file an op: `CASES`, a list of `benchmarks.harness.Case`."""
+"""One benchmark file an op: `CASES` and, at the sizes of GPUs, `GPU_CASES`: lists of
+`benchmarks.case.Case`."""

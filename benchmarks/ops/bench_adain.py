@@ -4,7 +4,7 @@ followed by the same affine map."""
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case
+from benchmarks.case import BACKWARD, SECOND, Case, dtype_note
 from fastgen import ops
 
 
@@ -19,6 +19,7 @@ def _case(
     *spatial: int,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
+    more: tuple[str, ...] = (),
 ) -> Case:
     shape = (batch, channels, *spatial)
 
@@ -32,18 +33,22 @@ def _case(
             torch.randn(batch, channels, dtype=dtype),
         )
 
-    notes = ["channels_last"] * channels_last + ["bfloat16"] * (dtype == torch.bfloat16)
+    notes = ["channels_last"] * channels_last + dtype_note(dtype)
+    plane_bytes = dtype.itemsize * torch.Size(shape).numel()
     return Case(
         op="adain",
         size=" ".join(["x".join(map(str, shape)), *notes]),
         make=make,
         call=ops.adain,
         grad=(0, 1, 2),
-        bytes=2 * dtype.itemsize * torch.Size(shape).numel(),
+        bytes=2 * plane_bytes,
         flops=6 * torch.Size(shape).numel(),
         # x and the cotangent in, the gradient of x out.
-        bytes_backward=3 * dtype.itemsize * torch.Size(shape).numel(),
+        bytes_backward=3 * plane_bytes,
         flops_backward=9 * torch.Size(shape).numel(),
+        # x, the cotangent and that of the gradient in, the gradients of the first two out.
+        bytes_second=5 * plane_bytes,
+        more=more,
         peers={"torch": _torch},
     )
 
@@ -59,3 +64,13 @@ CASES = [
 
 # What a call costs.
 CASES += [_case(16, c, n, n) for c, n in ((8, 4), (64, 4), (512, 4), (64, 8))]
+
+GPU_CASES = [
+    _case(*shape, dtype=dtype, channels_last=channels_last, more=(BACKWARD, SECOND))
+    for shape in ((32, 256, 56, 56), (16, 512, 128, 128))
+    for dtype, channels_last in (
+        (torch.float16, False),
+        (torch.float16, True),
+        (torch.float32, False),
+    )
+]

@@ -6,9 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.case import COPY_ALL, Provider
+from benchmarks.case import BACKWARD, COPY_ALL, Case, Provider, dtype_note
 from benchmarks.flow_peers import affine_peers
-from benchmarks.harness import Case
 from fastgen import ops
 from fastgen.ops.affine_coupling import SCALES
 
@@ -21,20 +20,20 @@ COPY_OF_ALL = {
 }
 
 
-def _case(batch: int, size: int, scale: str = "tanh") -> Case:
+def _case(batch: int, size: int, scale: str = "tanh", dtype: torch.dtype = torch.float32) -> Case:
     def make(batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return tuple(torch.randn(batch, size, dtype=dtype) for _ in range(3))
 
     return Case(
         op="affine_coupling",
-        size=f"{batch}x{size}{'' if scale == 'tanh' else f' {scale}'}",
-        make=partial(make, batch, torch.float32),
+        size=" ".join([f"{batch}x{size}", *[scale] * (scale != "tanh"), *dtype_note(dtype)]),
+        make=partial(make, batch, dtype),
         call=partial(ops.affine_coupling, scale=scale),
         grad=(0, 1, 2),
-        bytes=4 * 4 * batch * size,
+        bytes=4 * dtype.itemsize * batch * size,
         flops=5 * batch * size,
         # x, raw_scale and the cotangent in, two gradients out: that of shift is the cotangent.
-        bytes_backward=5 * 4 * batch * size,
+        bytes_backward=5 * dtype.itemsize * batch * size,
         flops_backward=8 * batch * size,
         # The form of Glow, the one scale that every library has.
         peers=COPY_OF_ALL | (affine_peers() if scale == "sigmoid" else {}),
@@ -58,3 +57,13 @@ def _torch(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]
 
 # What a call costs.
 CASES += [replace(_case(16, size), peers={"torch": _torch}) for size in (2, 32)]
+
+GPU_CASES = [
+    replace(case, more=(BACKWARD,))
+    for case in (
+        _case(65536, 1024),
+        _case(65536, 1024, "sigmoid"),
+        _case(65536, 1024, dtype=torch.bfloat16),
+        _case(1024, 3072),
+    )
+]

@@ -6,20 +6,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case
+from benchmarks.case import Case, dtype_note
 from fastgen import ops, random
 
 
-def _case(count: int) -> Case:
+def _case(count: int, dtype: torch.dtype = torch.float32) -> Case:
     def torch_randn(key: Tensor) -> Tensor:
-        return torch.randn(count)
+        return torch.randn(count, device=key.device, dtype=dtype)
 
     return Case(
         op="normal",
-        size=str(count),
+        size=" ".join([str(count), *dtype_note(dtype)]),
         make=lambda: (random.make_key(1),),
-        call=partial(ops.normal, size=(count,)),
-        bytes=4 * count,
+        call=partial(ops.normal, size=(count,), dtype=dtype),
+        bytes=dtype.itemsize * count,
         # What is done in floats; the words of Philox are integers.
         flops=9 * count,
         peers={"torch.randn": torch_randn},
@@ -42,3 +42,5 @@ def _seeded(count: int) -> Case:
 
 # What a call costs.
 CASES += [_seeded(16), _seeded(16 * 64)]
+
+GPU_CASES = [_case(2**28, dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -7,7 +7,7 @@ instead, with torch.randn_like, is the peer "torch"; compiled, "torch randn comp
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case
+from benchmarks.case import BACKWARD, Case, dtype_note
 from fastgen import ops
 
 
@@ -18,19 +18,22 @@ def eager(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     return z, kl
 
 
-def _case(batch: int, size: int) -> Case:
+def _case(
+    batch: int, size: int, dtype: torch.dtype = torch.float32, more: tuple[str, ...] = ()
+) -> Case:
     return Case(
         op="reparam_kl",
-        size=f"{batch}x{size}",
-        make=lambda: (torch.randn(batch, size), torch.randn(batch, size)),
+        size=" ".join([f"{batch}x{size}", *dtype_note(dtype)]),
+        make=lambda: tuple(torch.randn(batch, size, dtype=dtype) for _ in range(2)),
         call=ops.reparam_kl,
         grad=(0, 1),
-        bytes=3 * 4 * batch * size,
+        bytes=3 * dtype.itemsize * batch * size,
         # What is done in floats; the words of Philox are integers.
         flops=14 * batch * size,
         # mu, logvar and the cotangent of z in, two gradients out; noise is made again.
-        bytes_backward=5 * 4 * batch * size,
+        bytes_backward=5 * dtype.itemsize * batch * size,
         flops_backward=16 * batch * size,
+        more=more,
         peers={"torch": eager, "torch randn compiled": torch.compile(eager)},
     )
 
@@ -39,3 +42,6 @@ CASES = [_case(64, 65536), _case(4096, 256), _case(65536, 16), _case(65536, 10),
 
 # What a call costs.
 CASES += [_case(16, 20), _case(16, 256)]
+
+GPU_CASES = [_case(65536, 4096, dtype, (BACKWARD,)) for dtype in (torch.float32, torch.bfloat16)]
+GPU_CASES += [_case(2**20, 32), _case(4096, 256)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from benchmarks.harness import Case
+from benchmarks.case import Case
 from fastgen import ops
 
 
@@ -36,3 +36,4 @@ def _case(rows: int, codes: int, size: int) -> Case:
 
 
 CASES = [_case(65536, 1024, 64), _case(65536, 512, 64), _case(16, 512, 64)]
+GPU_CASES = [_case(65536, 8192, 64), _case(1 << 20, 1024, 256)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, mse_loss
 
-from benchmarks.harness import Case, Provider
+from benchmarks.case import Case, Provider
 from fastgen import ops, use_backend
 from fastgen.nn import VectorQuantizer
 
@@ -112,3 +112,5 @@ CASES = [
     _case(65536, 512, 64),
     _case(16, 512, 64),
 ]
+
+GPU_CASES = [_training_case(65536, 8192, 64), _case(65536, 8192, 64), _case(65536, 1024, 256)]

@@ -28,7 +28,9 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "../common/accumulate.h"
 #include "../common/rows.h"
+#include "../common/tensors.h"
 #include "isa.h"
 
 // For functions in the innermost loops, which gcc would otherwise call where a loop has a tail.
@@ -40,41 +42,10 @@ namespace fastgen {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-// The type arithmetic is done in: float for half and bfloat16.
-template <class S>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <class S>
-using acc_t = typename Accumulate<S>::type;
-
-// Per-sample results (KL, log-det, distances) are float32 but for float64 inputs.
-inline ScalarType acc_type(ScalarType t) {
-  return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Calls f with a null pointer of the tensor's element type: float, double, half or bfloat16.
 template <class F>
 void dispatch_dtype(ScalarType t, const char* op, F&& f) {
-  switch (t) {
-    case ScalarType::Float:
-      return f(static_cast<float*>(nullptr));
-    case ScalarType::Double:
-      return f(static_cast<double*>(nullptr));
-    case ScalarType::Half:
-      return f(static_cast<Half*>(nullptr));
-    case ScalarType::BFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    default:
-      STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16");
-  }
+  dispatch_floating<Half, BFloat16>(t, op, f);
 }
 
 // Rows are cut into pieces of kPiece elements; each piece gives one partial sum, and the pieces of a row are added
@@ -120,12 +91,6 @@ void sum_rows(std::int64_t count, std::int64_t row_size, T* out, F&& f) {
   std::vector<T> partial(count * pieces(row_size));
   f(partial.data());
   sum_pieces(partial, count, out);
-}
-
-inline std::vector<std::int64_t> sizes(const Tensor& t) {
-  std::vector<std::int64_t> result(t.dim());
-  for (std::int64_t d = 0; d < t.dim(); ++d) result[d] = t.size(d);
-  return result;
 }
 
 // The raw operators are reachable as torch.ops.fastgen.*, past the checks of the public functions, so each repeats
@@ -178,10 +143,5 @@ inline Tensor empty_contiguous(const Tensor& like) { return new_empty(like, like
 
 // torch::stable::contiguous calls the dispatcher even where there is nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
 
 }  // namespace fastgen

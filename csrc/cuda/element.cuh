@@ -8,21 +8,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "../common/accumulate.h"
 #include "ptx.cuh"
 
 namespace fastgen {
-
-// The type arithmetic is done in: float for half and bfloat16.
-template <class S>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <class S>
-using acc_t = typename Accumulate<S>::type;
 
 // Elements that a thread loads and stores at once: 16 bytes, and at least the four values of a Philox block.
 template <class S>

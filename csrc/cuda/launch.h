@@ -15,10 +15,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-namespace fastgen {
+#include "../common/tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace fastgen {
 
 // Makes the tensor's device the current one for its lifetime, and holds the stream that PyTorch uses there.
 struct Launch {
@@ -34,10 +33,5 @@ struct Launch {
     return static_cast<cudaStream_t>(stream);
   }
 };
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
 
 }  // namespace fastgen

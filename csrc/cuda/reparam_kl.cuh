@@ -104,8 +104,10 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
+// Three blocks to a multiprocessor leave a thread 80 registers. Doubles, masks of single elements and the vectors
+// of given noise would spill there.
 template <class S, bool kMakesNoise, bool kVectors, bool kShortRows>
-__global__ void __launch_bounds__(kBlockThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, (kMakesNoise && kVectors) ? 3 : 1)
     reparam_backward_kernel(ReparamBackward<S> a, unsigned pieces) {
   using T = acc_t<S>;
   constexpr int kCount = kRowVector<S, kVectors>, kInputs = kMakesNoise ? 3 : 4;

@@ -49,13 +49,8 @@ FASTGEN_HD inline std::int64_t image_offset(const ImageShape& s, int tile_rows, 
          swizzled(in_tile, piece % pieces, s.width);
 }
 
-// Column of a code tile that holds code `k`. A thread of the screen owns columns 2 t, 2 t + 1 of every eight, and
-// its chunks are codes that follow each other.
-FASTGEN_HD inline std::int64_t column_of_code(std::int64_t k, int chunk) {
-  const int in_group = static_cast<int>(k % (4 * chunk)), owner = in_group / chunk, i = in_group % chunk;
-  return k / (4 * chunk) * (4 * chunk) + i / 2 * 8 + 2 * owner + i % 2;
-}
-
+// The code that column `column` of a code tile holds. A thread of the screen owns columns 2 t, 2 t + 1 of every
+// eight, and its chunks are codes that follow each other.
 FASTGEN_HD inline std::int64_t code_of_column(std::int64_t column, int chunk) {
   const int in_group = static_cast<int>(column % (4 * chunk)), owner = in_group % 8 / 2;
   return column / (4 * chunk) * (4 * chunk) + owner * chunk + in_group / 8 * 2 + in_group % 2;
