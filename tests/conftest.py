@@ -40,11 +40,29 @@ def _poisoned_memory():
 @pytest.fixture(autouse=True, scope="session")
 def _triton_interpreter():
     """It computes with numpy, which warns where a GPU gives infinity or NaN, and takes its time by
-    the program, not by the element."""
+    the operation, not by the element; by default it also patches the language anew for every call
+    of a function by another, which takes longer than the call."""
     if _library.triton_interprets:
+        _patch_the_language_once()
         importlib.import_module("fastgen.kernels.rq_spline")._TILE_BYTES = 2**13
+        norms = importlib.import_module("fastgen.kernels.instance_norm")
+        norms._CHUNK, norms._PROGRAMS = (2**16,) * 3, 8
     with numpy.errstate(all="ignore"):
         yield
+
+
+def _patch_the_language_once():
+    """Once for the globals of every module that has functions, and for good."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        if id(function.__globals__) not in patched:
+            patched.add(id(function.__globals__))
+            patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture

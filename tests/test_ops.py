@@ -92,7 +92,7 @@ def test_kernels_are_tested():
     tested = {case.op for case, _, backend in FUSED if backend in ("cpu", "triton")}
     has_triton = {name for name, op in backends.ops().items() if "triton" in op.implementations}
     assert tested == (has_triton if _library.triton_interprets else set(backends.ops()))
-    assert has_triton >= {"affine_coupling", "rq_spline"}
+    assert has_triton >= {"adain", "affine_coupling", "instance_norm", "rq_spline"}
 
 
 # --- values and gradients ----------------------------------------------------------------------

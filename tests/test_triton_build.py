@@ -34,6 +34,8 @@ TARGETS = (
     (90, torch.float64),
     (100, torch.bfloat16),
 )
+#: For launches that differ from one compiled for all of TARGETS in the loop around the same code.
+FEW = ((90, torch.float32), (90, torch.bfloat16))
 
 
 class Launch(NamedTuple):
@@ -42,11 +44,13 @@ class Launch(NamedTuple):
     Attributes:
         op: names the module in fastgen.kernels; the launcher is `name`.
         name: of the launcher.
-        shapes: of the tensors, with the dtype under test, or that of sums where marked by "sum".
+        shapes: of the tensors, with the dtype under test, or that of sums where marked by "sum",
+            float64 by "double"; channels_last where marked by "last"; None for no tensor.
         options: the remaining arguments.
         registers: that a thread may use, at most; float64 is held to not spilling.
         narrow: loads of less than 128 bits that a thread may issue, at most (of what a row has
             once); None where rows do not start at multiples of 16 bytes.
+        targets: what it is compiled for.
     """
 
     op: str
@@ -55,10 +59,12 @@ class Launch(NamedTuple):
     options: tuple
     registers: int
     narrow: int | None = 0
+    targets: tuple[tuple[int, torch.dtype], ...] = TARGETS
 
     @property
     def id(self) -> str:
-        sizes = "x".join(str(n) for n in self.shapes[-1] if n != "sum")
+        largest = max((s for s in self.shapes if s), key=len)
+        sizes = "x".join(str(n) for n in largest if n not in ("sum", "double"))
         return f"{self.name}-{'-'.join(str(o) for o in self.options)}-{sizes}"
 
 
@@ -78,7 +84,34 @@ def _spline(way, sizes, bins, inverse, batch_dims, registers, narrow):
     )
 
 
+def _norm(order, sizes, narrow, parameters, targets):
+    """`parameters`: 0 for none, 1 for (C,), 2 for (B, C). 128 registers leave 512 threads a
+    multiprocessor, whose 16 or 8 values of each tensor are 32 KiB or more on their way."""
+    per_plane = (*sizes[:2], "double")
+    scale = {0: None, 1: (sizes[1], "sum"), 2: (*sizes[:2], "sum")}[parameters]
+    shapes = (
+        (sizes, scale, scale),
+        (sizes, sizes, per_plane, per_plane, scale),
+        (sizes, sizes, per_plane, per_plane, scale, sizes, scale, scale),
+    )[order]
+    name = ("instance_norm_fwd", "instance_norm_bwd", "instance_norm_bwd_bwd")[order]
+    return Launch("instance_norm", name, shapes, (1e-5,), 128, narrow, targets)
+
+
 LAUNCHES = (
+    *(
+        _norm(order, sizes, narrow, parameters, targets)
+        for order in (0, 1, 2)
+        for sizes, narrow, parameters, targets in (
+            ((32, 64, 7, 7), None, 1, FEW),
+            ((32, 256, 56, 56), 12, 2, TARGETS),
+            ((16, 512, 128, 128), 12, 2, FEW),
+            ((2**10, 2**5, 2**8, 2**8), 12, 1, FEW),
+            ((1, 3, 1024, 1024), 12, 0, FEW),
+            ((16, 256, 8, 8, "last"), 99, 1, FEW),
+            ((16, 512, 128, 128, "last"), 99, 2, TARGETS),
+        )
+    ),
     *(
         _coupling(f"affine_coupling_{way}", sizes, scale, inverse, 96, narrow)
         for way in ("fwd", "bwd")
@@ -173,17 +206,17 @@ def resources(cubin: Path) -> Resources:
     )
 
 
+def tensor(shape: tuple | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if shape is None:
+        return None
+    if "double" in shape or ("sum" in shape and dtype != torch.float64):
+        dtype = torch.float64 if "double" in shape else torch.float32
+    t = torch.empty([n for n in shape if isinstance(n, int)], dtype=dtype, device="meta")
+    return t.contiguous(memory_format=torch.channels_last) if "last" in shape else t
+
+
 def arguments(launch: Launch, dtype: torch.dtype) -> tuple:
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors = (
-        torch.empty(
-            [n for n in shape if n != "sum"],
-            dtype=sums if "sum" in shape else dtype,
-            device="meta",
-        )
-        for shape in launch.shapes
-    )
-    return (*tensors, *launch.options)
+    return (*(tensor(shape, dtype) for shape in launch.shapes), *launch.options)
 
 
 def check(launch: Launch, dtype: torch.dtype, found: dict[str, Resources]) -> None:
@@ -198,9 +231,13 @@ def check(launch: Launch, dtype: torch.dtype, found: dict[str, Resources]) -> No
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype"), TARGETS, ids=[f"sm_{a}-{str(d).removeprefix('torch.')}" for a, d in TARGETS]
+    ("launch", "arch", "dtype"),
+    [
+        pytest.param(launch, *target, id=f"{launch.id}-sm_{target[0]}-{str(target[1])[6:]}")
+        for launch in LAUNCHES
+        for target in launch.targets
+    ],
 )
-@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.id)
 def test_compiles_within_its_resources(launch, arch, dtype, compile_for):
     launcher = getattr(importlib.import_module(f"fastgen.kernels.{launch.op}"), launch.name)
     check(launch, dtype, compile_for(arch, launcher, *arguments(launch, dtype)))

@@ -7,8 +7,8 @@ from a style (Huang & Belongie 2017, eq. 8; StyleGAN: Karras et al. 2019, eq. 1)
 
 Shapes: x (B, C, *spatial), at least one spatial dimension, of float32, float64, float16 or
 bfloat16; scale, shift (B, C) of x's dtype, or float32 for half inputs; y as x. Everything else,
-numerics and gradients included, is as for `instance_norm`, whose kernels run it. Backends: cpu,
-reference.
+numerics and gradients included, is as for `instance_norm`, whose kernels run it. Backends: triton,
+cpu, reference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def adain_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tens
     return (xhat * scale[:, :, None] + shift[:, :, None]).to(x.dtype).reshape(x.shape)
 
 
-def _cpu(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def _fused(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return fused(x, scale, shift, eps)[0]
 
 
@@ -42,7 +42,10 @@ def _prepare(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-5) -> t
 
 
 _OP = backends.Op("adain", _prepare)
-_OP.implement("cpu", _cpu, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement(
+    "triton", _fused, device=_library.triton_device, unavailable=_library.triton_unavailable
+)
+_OP.implement("cpu", _fused, device="cpu", unavailable=_library.cpu_unavailable_beside_triton)
 _OP.implement("reference", adain_reference)
 
 
@@ -56,7 +59,7 @@ def adain(
         scale: (B, C), the factor itself: pass 1 + s where a network predicts s around zero.
         shift: (B, C).
         eps: added to the variance, positive.
-        backend: force "cpu" or "reference".
+        backend: force "triton", "cpu" or "reference".
 
     Returns:
         (B, C, *spatial), dtype of x; channels_last where x is, else contiguous.

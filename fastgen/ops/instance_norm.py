@@ -10,9 +10,11 @@ Shapes: x (B, C, *spatial), at least one spatial dimension, of float32, float64,
 bfloat16; weight, bias (C,) of x's dtype, or float32 for half inputs; y as x, channels_last where x
 is. A single spatial element has variance 0 and gives y = bias (torch.nn.functional.instance_norm
 refuses it, and so do the layers of fastgen.nn); no spatial elements give an empty y. A plane with a
-NaN or an infinity becomes NaN. Statistics are summed in float64 on the CPU, so that they are right
-to the last bits for any ratio of mean to standard deviation. Gradients: first order fused, second
-and higher by a closed formula of torch ops. Backends: cpu, reference.
+NaN or an infinity becomes NaN. Statistics are summed in float64, so that they are right to the last
+bits for any ratio of mean to standard deviation; on GPUs about an origin near the mean, half inputs
+in float32, where squares of deviations beyond 1e18 overflow. Gradients: first order fused, second
+fused on GPUs and a closed formula of torch ops elsewhere, which third and higher differentiate.
+Backends: triton, cpu, reference.
 """
 
 from __future__ import annotations
@@ -39,16 +41,24 @@ _bwd = _library.define(
     "instance_norm_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? scale, float eps) "
     "-> (Tensor, Tensor, Tensor)"
 )
+# u, p and q are the gradients by the three results of instance_norm_bwd, None for zero; the results
+# are those by grad_y, x and scale, the last of the shape and dtype of the gradients of scale.
+_bwd_bwd = _library.define(
+    "instance_norm_bwd_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? scale, "
+    "Tensor? u, Tensor? p, Tensor? q, float eps) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """How the kernels lay out what is like x: channels_last where x is, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
 
 
 def _dense_like(x: Tensor) -> Tensor:
-    """What the kernels allocate: channels_last where x is, else contiguous."""
-    memory_format = torch.contiguous_format
-    if not x.is_contiguous():
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-        if last is not None and x.is_contiguous(memory_format=last):
-            memory_format = last
-    return torch.empty_like(x, memory_format=memory_format)
+    return torch.empty_like(x, memory_format=_layout(x))
 
 
 @_library.register_fake("instance_norm_fwd")
@@ -68,8 +78,28 @@ def _(
     return _dense_like(x), grad_scale, torch.empty_like(grad_scale)
 
 
-def _register_vmap(name: str) -> None:
-    """vmap by folding into the batch, where (C,) parameters become (B, C) and differ by slice."""
+@_library.register_fake("instance_norm_bwd_bwd")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor | None,
+    u: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = x.shape[:2] if scale is None else scale.shape
+    of_scale = x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+    return _dense_like(x), _dense_like(x), of_scale
+
+
+def _register_vmap(name: str, of_parameters: tuple[int, ...] = ()) -> None:
+    """vmap by folding into the batch, where (C,) parameters become (B, C) and differ by slice.
+
+    Results `of_parameters` are then summed over the batch, as the parameters are shared by it.
+    """
 
     def fold(info: Any, in_dims: tuple, *args: Any) -> tuple:
         sizes = list(args[0].shape)
@@ -85,15 +115,16 @@ def _register_vmap(name: str) -> None:
             else:
                 values[i], dims[i] = arg.movedim(dim, 0)[:, None].expand(-1, *sizes[:2]), 0
         out, out_dims = _library.fold_vmap(name, info, tuple(dims), *values)
-        if per_channel and name == "instance_norm_bwd":
-            out = (out[0], out[1].sum(1), out[2].sum(1))
+        if per_channel:
+            out = tuple(r.sum(1) if i in of_parameters else r for i, r in enumerate(out))
         return out, out_dims
 
     torch.library.register_vmap(f"fastgen::{name}", fold, lib=_library.LIBRARY)
 
 
 _register_vmap("instance_norm_fwd")
-_register_vmap("instance_norm_bwd")
+_register_vmap("instance_norm_bwd", (1, 2))
+_register_vmap("instance_norm_bwd_bwd", (2,))
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,60 +187,109 @@ class _InstanceNormBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        grad_y, x, _, _, scale, ctx.eps = inputs
+        *tensors, ctx.eps = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_y, x, scale)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        grad_y, x, scale = ctx.saved_tensors
-        of_grad_y, of_x, of_scale = _second_order(grads, grad_y, x, scale, ctx.eps)
+        grad_y, x, mean, var, scale = ctx.saved_tensors
+        tensors = (grad_y, x, mean, var, scale, *grads)
+        of_grad_y, of_x, of_scale = run(_InstanceNormSecond, _bwd_bwd, tensors, ctx.eps)
+        of_scale = None if scale is None else of_scale.to(scale.dtype)
         return of_grad_y, of_x, None, None, of_scale, None
 
 
-def _second_order(
-    grads: tuple[Tensor | None, ...], grad_y: Tensor, x: Tensor, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
+class _InstanceNormSecond(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _bwd_bwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        tensors = ctx.saved_tensors
+        wanted = [i for i in (0, 1, 4, 5, 6, 7) if tensors[i] is not None]
+
+        def formula(*primals: Tensor) -> tuple[Tensor, ...]:
+            full = [*tensors, ctx.eps]
+            for i, primal in zip(wanted, primals, strict=True):
+                full[i] = primal
+            return second_order_reference(*full)
+
+        _, pullback, *_ = torch.func.vjp(formula, *(tensors[i] for i in wanted))
+        results = dict(zip(wanted, pullback(grads), strict=True))
+        return *(results.get(i) for i in range(8)), None
+
+
+def second_order_reference(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor | None,
+    u: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients, by grad_y, x and scale, of <u, grad_x> + <p, grad_scale> + <q, grad_shift>.
 
-    `grads` is (u, p, q), None for zero; scale, p and q are (C,) or (B, C). With
-    r = 1 / sqrt(var + eps) and the symmetric map P(v) = v - mean(v) - xhat * mean(v * xhat), grad_x
-    is scale * r * P(grad_y), the Jacobian of xhat is r * P and that of r is -r^2 * xhat / n.
+    Raw operator instance_norm_bwd_bwd in plain PyTorch. scale, p and q are (C,) or (B, C), None for
+    one and zero; mean and var are those of x, and not used. With r = 1 / sqrt(var + eps) and the
+    symmetric map P(v) = v - mean(v) - xhat * mean(v * xhat), grad_x is scale * r * P(grad_y), the
+    Jacobian of xhat is r * P and that of r is -r^2 * xhat / n.
     """
     dtype = accumulate_dtype(x.dtype)
     xhat, _, var = normalise(x, eps)
-    r = (var + eps).rsqrt()
+    # Planes without elements have no variance, and nothing that depends on it.
+    r = (var + eps).rsqrt() if x.numel() else torch.zeros_like(var)
     a = r if scale is None else r * scale.to(dtype)[..., None]
     dy = grad_y.to(dtype).flatten(2)
-    u = torch.zeros_like(dy) if grads[0] is None else grads[0].to(dtype).flatten(2)
-    p, q = (None if t is None else t.to(dtype)[..., None] for t in grads[1:])
+    u = torch.zeros_like(dy) if u is None else u.to(dtype).flatten(2)
+    p, q = (None if t is None else t.to(dtype)[..., None] for t in (p, q))
 
-    def mean(t: Tensor) -> Tensor:
+    def mean_of(t: Tensor) -> Tensor:
         return t.mean(2, keepdim=True)
 
     def project(v: Tensor) -> Tensor:
-        return v - mean(v) - xhat * mean(v * xhat)
+        return v - mean_of(v) - xhat * mean_of(v * xhat)
 
     projected = project(u)
     of_grad_y = a * projected
-    of_xhat = -a * (mean(dy * xhat) * u + mean(u * xhat) * dy)
+    of_xhat = -a * (mean_of(dy * xhat) * u + mean_of(u * xhat) * dy)
     if p is not None:
         of_grad_y = of_grad_y + p * xhat
         of_xhat = of_xhat + p * dy
     if q is not None:
         of_grad_y = of_grad_y + q
-    of_x = r * project(of_xhat) - a * r * mean(dy * projected) * xhat
-    of_scale = None
-    if scale is not None:
-        of_scale = (r * (dy * projected).sum(2, keepdim=True)).flatten(1)
-        of_scale = (of_scale if scale.dim() == 2 else of_scale.sum(0)).to(scale.dtype)
-    return of_grad_y.to(x.dtype).reshape(x.shape), of_x.to(x.dtype).reshape(x.shape), of_scale
+    of_x = r * project(of_xhat) - a * r * mean_of(dy * projected) * xhat
+    of_scale = (r * (dy * projected).sum(2, keepdim=True)).flatten(1)
+    if scale is not None and scale.dim() == 1:
+        of_scale = of_scale.sum(0)
+
+    def like_x(t: Tensor) -> Tensor:
+        return t.to(x.dtype).reshape(x.shape).contiguous(memory_format=_layout(x))
+
+    return like_x(of_grad_y), like_x(of_x), of_scale
+
+
+_library.LIBRARY.impl("instance_norm_bwd_bwd", second_order_reference, "CPU")
+_library.register_triton(
+    "instance_norm", "instance_norm_fwd", "instance_norm_bwd", "instance_norm_bwd_bwd"
+)
 
 
 def fused(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The compiled op, with scale and shift (C,) or (B, C); gives y, mean, var."""
+    """The fused op, with scale and shift (C,) or (B, C); gives y, mean, var."""
     return run(_InstanceNorm, _fwd, (x, scale, shift), eps)
 
 
@@ -241,7 +321,10 @@ def _prepare(
 
 
 _OP = backends.Op("instance_norm", _prepare)
-_OP.implement("cpu", fused, device="cpu", unavailable=_library.cpu_unavailable)
+_OP.implement(
+    "triton", fused, device=_library.triton_device, unavailable=_library.triton_unavailable
+)
+_OP.implement("cpu", fused, device="cpu", unavailable=_library.cpu_unavailable_beside_triton)
 _OP.implement("reference", instance_norm_reference)
 
 
@@ -260,7 +343,7 @@ def instance_norm(
         weight: (C,), the scale; None for 1.
         bias: (C,), the shift; None for 0.
         eps: added to the variance, positive.
-        backend: force "cpu" or "reference".
+        backend: force "triton", "cpu" or "reference".
 
     Returns:
         (B, C, *spatial), dtype of x; channels_last where x is, else contiguous.

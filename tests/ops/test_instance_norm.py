@@ -1,15 +1,35 @@
 """What is special to instance_norm and adain: accuracy, layouts, planes that are not finite."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fastgen import ops
-from fastgen.ops.instance_norm import instance_norm_with_stats
-from fastgen.testing import assert_accurate
+from fastgen.ops import _library
+from fastgen.ops.instance_norm import instance_norm_with_stats, second_order_reference
+from fastgen.testing import assert_accurate, backends_here
+
+#: What runs by default here: under Triton's interpreter its kernels, else the CPU's.
+FUSED = backends_here("instance_norm")[0]
+ISAS = ("portable",) if _library.triton_interprets else ("portable", "avx2", "avx512")
 
 REDUCED = (torch.float32, torch.float16, torch.bfloat16)
 PLANES = ((2,), (3,), (4,), (5,), (257,), (33, 65), (4097,), (65537,), (512, 512))
+SMALL_PLANES = (*range(1, 20), 32, 63, 64, 65)
+SPATIAL = ((7, 9), (3, 5, 4), (130, 131))
+EXACT_SIZES = (16, 1024, 65536)
+EPSILONS = (1e-12, 1e-5, 10.0, 1e6)
+if _library.triton_interprets:
+    # What is long for the kernels of the CPU takes minutes there, and no other way.
+    PLANES, SPATIAL, EXACT_SIZES = PLANES[:-1], SPATIAL[:-1], EXACT_SIZES[:-1]
+    SMALL_PLANES = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 65)
+    EPSILONS = EPSILONS[::3]
+
+of_the_cpu = pytest.mark.skipif(
+    _library.triton_interprets, reason="of the CPU kernels: their threads, their way to memory"
+)
 
 
 def exact_instance_norm(x, weight, bias, eps):
@@ -42,7 +62,7 @@ def test_no_worse_than_torch(plane, mean, dtype):
     plain_leaves, leaves = with_leaves(x, weight, bias), with_leaves(x, weight, bias)
     exact = exact_instance_norm(*exact_leaves, 1e-5)
     plain = F.instance_norm(plain_leaves[0], weight=plain_leaves[1], bias=plain_leaves[2])
-    actual = ops.instance_norm(*leaves, backend="cpu")
+    actual = ops.instance_norm(*leaves, backend=FUSED)
     assert_accurate(actual, plain, exact, factor=1, ulps=1)
     grads = [
         torch.autograd.grad(y, inputs, cotangent.to(y.dtype))
@@ -53,7 +73,7 @@ def test_no_worse_than_torch(plane, mean, dtype):
 
 
 @pytest.mark.parametrize("channels_last", (False, True))
-@pytest.mark.parametrize("isa_name", ("portable", "avx2", "avx512"))
+@pytest.mark.parametrize("isa_name", ISAS)
 @pytest.mark.parametrize("mean", (0.0, 1e2, 1e4, 1e6))
 def test_error_does_not_grow_with_the_mean(mean, isa_name, channels_last, isa):
     if not isa(isa_name):
@@ -62,18 +82,18 @@ def test_error_does_not_grow_with_the_mean(mean, isa_name, channels_last, isa):
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     exact = ops.instance_norm(x.double(), backend="reference")
-    error = (ops.instance_norm(x, backend="cpu").double() - exact).abs()
+    error = (ops.instance_norm(x, backend=FUSED).double() - exact).abs()
     # Four roundings: of x - mean, of the factor, of the product and, without fma, of the sum.
     assert (error <= 4 * 2.0**-24 * exact.abs() + 1e-12).all()
 
 
-@pytest.mark.parametrize("isa_name", ("portable", "avx2", "avx512"))
+@pytest.mark.parametrize("isa_name", ISAS)
 @pytest.mark.parametrize("dtype", (*REDUCED, torch.float64))
 def test_small_planes(dtype, isa_name, isa):
     """Planes that are lanes of vectors, and those just too large for it; 35 leave lanes unused."""
     if not isa(isa_name):
         pytest.skip(f"this machine has no {isa_name}")
-    for size in (*range(1, 20), 32, 63, 64, 65):
+    for size in SMALL_PLANES:
         base = torch.randn(5, 8, size).to(dtype) * 2 + 3
         cotangent = torch.randn(5, 7, size).to(dtype)
         for x in base[:, 1:].contiguous(), base[:, 1:]:
@@ -82,7 +102,7 @@ def test_small_planes(dtype, isa_name, isa):
                 with_leaves(x, scale, shift),
                 with_leaves(x.double(), scale.double(), shift.double()),
             )
-            y = ops.adain(*leaves, backend="cpu")
+            y = ops.adain(*leaves, backend=FUSED)
             exact = ops.adain(*exact_leaves, backend="reference")
             tolerance = 64 * torch.finfo(dtype).eps
             torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
@@ -101,7 +121,7 @@ def test_an_outlier_at_the_start_does_not_spoil_the_variance():
         x[..., 0] = 1e6
         expected = ops.instance_norm(x, backend="reference")
         torch.testing.assert_close(
-            ops.instance_norm(x, backend="cpu"), expected, rtol=1e-11, atol=1e-13
+            ops.instance_norm(x, backend=FUSED), expected, rtol=1e-11, atol=1e-13
         )
 
 
@@ -131,7 +151,7 @@ def signs(*shape):
 
 
 @pytest.mark.parametrize("dtype", REDUCED)
-@pytest.mark.parametrize("size", (16, 1024, 65536))
+@pytest.mark.parametrize("size", EXACT_SIZES)
 def test_order_does_not_matter_where_sums_are_exact(size, dtype):
     """Bitwise: any order of elements, any layout, any width of vectors."""
     x = signs(2, 8, size, 1).to(dtype)
@@ -143,7 +163,7 @@ def test_order_does_not_matter_where_sums_are_exact(size, dtype):
     assert torch.equal(ops.adain(last, scale, shift).reshape(x.shape), expected)
 
 
-@pytest.mark.parametrize("isa_name", ("portable", "avx2", "avx512"))
+@pytest.mark.parametrize("isa_name", ISAS)
 def test_exact_values(isa_name, isa):
     """Mean 1, variance 4, eps 12: rstd is 1/4 and every value is exact."""
     if not isa(isa_name):
@@ -184,9 +204,11 @@ def test_a_bad_element_spoils_its_plane_only(value, position, channels_last):
     ids=str,
 )
 def test_extreme_values_stay_finite(values):
+    if FUSED == "triton" and max(values) > 1e38:
+        pytest.skip("sums and differences overflow float32, as in torch on a GPU")
     x = torch.tensor(values).repeat(1, 1, 100)
     exact = ops.instance_norm(x.double(), backend="reference")
-    y = ops.instance_norm(x, backend="cpu")
+    y = ops.instance_norm(x, backend=FUSED)
     assert F.instance_norm(x).isfinite().all() and y.isfinite().all()
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-30)
 
@@ -196,7 +218,7 @@ def test_extreme_values_stay_finite(values):
 
 @pytest.mark.parametrize("dtype", (*REDUCED, torch.float64))
 @pytest.mark.parametrize("channels", (2, 3, 16, 17, 130))
-@pytest.mark.parametrize("spatial", ((7, 9), (3, 5, 4), (130, 131)))
+@pytest.mark.parametrize("spatial", SPATIAL)
 def test_channels_last_is_kept(spatial, channels, dtype):
     layout = torch.channels_last if len(spatial) == 2 else torch.channels_last_3d
     base = (torch.randn(2, channels, *spatial) * 3 + 5).to(dtype)
@@ -209,7 +231,7 @@ def test_channels_last_is_kept(spatial, channels, dtype):
         (base.contiguous(memory_format=layout), cotangent.contiguous(memory_format=layout)),
     ):
         leaves = with_leaves(x, scale, shift)
-        y = ops.adain(*leaves, backend="cpu")
+        y = ops.adain(*leaves, backend=FUSED)
         grads = torch.autograd.grad(y, leaves, grad_y)
         assert y.stride() == x.stride() and grads[0].stride() == x.stride()
         results.append((y, *grads))
@@ -235,6 +257,7 @@ def test_planes_with_gaps_are_read_as_they_lie():
     assert torch.equal(ops.adain(one, ones, ones), ops.adain(one.contiguous(), ones, ones))
 
 
+@of_the_cpu
 @pytest.mark.parametrize(
     "shape,channels_last",
     (((1, 1, 700, 701), False), ((1, 5, 300, 301), True), ((3, 2, 200, 201), True)),
@@ -254,6 +277,7 @@ def test_few_large_planes_do_not_depend_on_threads(shape, channels_last, threads
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
+@of_the_cpu
 def test_parameter_gradients_of_many_planes_do_not_depend_on_threads(threads):
     x, cotangent = torch.randn(80, 513, 5), torch.randn(80, 513, 5)
     results = []
@@ -275,7 +299,7 @@ def test_weight_and_bias_are_independent():
     torch.testing.assert_close(ops.instance_norm(x, None, bias), plain + bias[:, None, None])
 
 
-@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("backend", backends_here("instance_norm"))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_half_input_takes_float32_parameters(dtype, backend):
     x, weight, bias = with_leaves(
@@ -289,7 +313,7 @@ def test_half_input_takes_float32_parameters(dtype, backend):
     assert [g.dtype for g in grads] == [dtype, torch.float32, torch.float32]
 
 
-@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("backend", backends_here("instance_norm"))
 def test_statistics(backend):
     x = (torch.randn(2, 3, 40, 41) * 2 + 100).requires_grad_()
     y, mean, var = instance_norm_with_stats(x, backend=backend)
@@ -300,7 +324,7 @@ def test_statistics(backend):
     assert y.requires_grad and not mean.requires_grad and not var.requires_grad
 
 
-@pytest.mark.parametrize("eps", (1e-12, 1e-5, 10.0, 1e6))
+@pytest.mark.parametrize("eps", EPSILONS)
 @pytest.mark.parametrize("op", ("instance_norm", "bare", "adain"))
 def test_second_order_for_any_eps(op, eps):
     x = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
@@ -309,7 +333,7 @@ def test_second_order_for_any_eps(op, eps):
 
     def function(x, *parameters):
         function = ops.adain if op == "adain" else ops.instance_norm
-        return function(x, *parameters, eps=eps, backend="cpu")
+        return function(x, *parameters, eps=eps, backend=FUSED)
 
     inputs = (x,) if op == "bare" else (x, scale, shift)
     torch.autograd.gradcheck(function, inputs)
@@ -325,7 +349,7 @@ def test_vmap_over_some_arguments(in_dims):
             tensors[i] = torch.stack([tensors[i] + k for k in range(4)], dim)
 
     def loss(*args):
-        return ops.instance_norm(*args, backend="cpu").pow(3).sum()
+        return ops.instance_norm(*args, backend=FUSED).pow(3).sum()
 
     function = torch.func.grad(loss, (0, 1, 2))
     slices = zip(
@@ -341,12 +365,119 @@ def test_gradient_penalty_equals_the_reference():
     """The use of second order: a penalty on the input gradient, differentiated by everything."""
     x, scale, shift = with_leaves(torch.randn(2, 3, 6, 6), torch.randn(2, 3), torch.randn(2, 3))
     results = []
-    for backend in "cpu", "reference":
+    for backend in FUSED, "reference":
         y = ops.adain(x, scale, shift, backend=backend).tanh()
         (grad_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         results.append(torch.autograd.grad(grad_x.square().sum(), (x, scale, shift)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def second_order_arguments(shape, dtype, per_plane, channels_last=False):
+    """Arguments of raw operator instance_norm_bwd_bwd."""
+    grad_y, x, u = (torch.randn(shape).to(dtype) + k for k in range(3))
+    if channels_last:
+        grad_y, x, u = (t.contiguous(memory_format=torch.channels_last) for t in (grad_y, x, u))
+    scale, p, q = torch.randn(3, *(shape[:2] if per_plane else shape[1:2])).to(dtype)
+    _, mean, var = torch.ops.fastgen.instance_norm_fwd(x, None, None, 1e-3)
+    return [grad_y, x, mean, var, scale, u, p, q, 1e-3]
+
+
+def check_second_order(args):
+    exact_args = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+    exact = second_order_reference(*exact_args)
+    results = torch.ops.fastgen.instance_norm_bwd_bwd(*args)
+    for a, b in zip(results, exact, strict=True):
+        tolerance = 64 * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(
+            a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item()
+        )
+    assert all(r.stride() == args[1].stride() for r in results[:2])
+
+
+@pytest.mark.parametrize("absent", ((), (4,), (5,), (6, 7), (4, 6, 7)), ids=str)
+@pytest.mark.parametrize("per_plane", (False, True))
+@pytest.mark.parametrize("dtype", (*REDUCED, torch.float64))
+def test_second_order_is_the_formula(dtype, per_plane, absent):
+    """Any of scale and the gradients by the backward's results may be absent."""
+    for channels_last in False, True:
+        args = second_order_arguments((3, 5, 6, 7), dtype, per_plane, channels_last)
+        check_second_order([None if i in absent else a for i, a in enumerate(args)])
+
+
+@pytest.mark.parametrize("per_plane", (False, True))
+def test_second_order_operator_is_sound(per_plane):
+    args = second_order_arguments((2, 3, 4, 5), torch.float32, per_plane)
+    torch.library.opcheck(torch.ops.fastgen.instance_norm_bwd_bwd.default, tuple(args))
+    empty = second_order_arguments((2, 3, 0, 5), torch.float32, per_plane)
+    assert torch.ops.fastgen.instance_norm_bwd_bwd(*empty)[2].eq(0).all()
+
+
+def test_third_order():
+    x = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
+    scale, shift = with_leaves(*torch.randn(2, 2, 2, dtype=torch.float64))
+    cotangent = torch.randn(x.shape, dtype=torch.float64, requires_grad=True)
+
+    def gradient(*inputs):
+        y = ops.adain(*inputs[:3], backend=FUSED)
+        return torch.autograd.grad(y, inputs[:3], inputs[3], create_graph=True)
+
+    torch.autograd.gradgradcheck(gradient, (x, scale, shift, cotangent))
+
+
+# --- the ways of the Triton kernels ---------------------------------------------------------------
+
+interpreted = pytest.mark.skipif(
+    not _library.triton_interprets, reason="for Triton's interpreter, TRITON_INTERPRET=1"
+)
+#: What makes small planes take each way: elements of a whole plane and of a tile, programs wanted.
+WAYS = {"whole": (16384, 16384, 1024), "swept": (1, 128, 1), "cut": (1, 128, 16)}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    from fastgen.kernels import instance_norm as kernels
+
+    whole, tile, programs = WAYS[request.param]
+    monkeypatch.setattr(kernels, "_WHOLE", whole)
+    monkeypatch.setattr(kernels, "_CHUNK", (tile,) * 3)
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    plan, taken = kernels._plan, []
+    monkeypatch.setattr(kernels, "_plan", lambda *a: taken.append(plan(*a)) or taken[-1])
+    yield request.param
+    assert {p.phase for p in taken} >= {request.param}
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", (*REDUCED, torch.float64))
+def test_every_way_gives_the_same(way, dtype):
+    """Sizes that leave parts of tiles, of groups of planes and of cuts empty."""
+    shapes = (2, 3, 17, 19), (1, 70, 5, 13), (2, 2, 16, 32)
+    layouts = (torch.contiguous_format, torch.channels_last)[: 1 if way == "swept" else 2]
+    for shape, layout in itertools.product(shapes, layouts):
+        x = (torch.randn(shape) * 2 + 3).to(dtype).contiguous(memory_format=layout)
+        leaves = with_leaves(x, *torch.randn(2, *shape[:2]).to(dtype))
+        exact_leaves = with_leaves(*(t.double() for t in leaves))
+        y, exact = ops.adain(*leaves), ops.adain(*exact_leaves, backend="reference")
+        cotangent = torch.randn(shape).to(dtype)
+        results = (y, *torch.autograd.grad(y, leaves, cotangent))
+        expected = (exact, *torch.autograd.grad(exact, exact_leaves, cotangent.double()))
+        for a, b in zip(results, expected, strict=True):
+            tolerance = 32 * torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item()
+            )
+        last = layout == torch.channels_last
+        check_second_order(second_order_arguments(shape, dtype, True, last))
+
+
+@interpreted
+@pytest.mark.parametrize("mean", (1e2, 1e4, 1e6))
+def test_every_way_survives_a_mean_and_an_outlier(way, mean):
+    x = torch.randn(1, 3, 900) + mean
+    x[0, 1, 0] = 4 * mean
+    exact = ops.instance_norm(x.double(), backend="reference")
+    torch.testing.assert_close(ops.instance_norm(x).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -372,6 +503,7 @@ def test_bad_arguments(change, error, message):
         ops.instance_norm(**{**arguments, **change})
 
 
+@of_the_cpu
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
 @pytest.mark.parametrize("shape", ((4, 32, 256, 256), (4, 31, 261, 260)), ids=str)
 def test_results_stored_past_the_caches(shape, layout):
