@@ -13,18 +13,16 @@ CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu csrc/
 ASAN_BUILD := build/asan
 # What runs once more on each older instruction set.
 ISA_TESTS := tests/test_isa.py tests/test_ops.py tests/ops
-# What Triton's interpreter runs in a minute, in `make test`.
-TRITON_QUICK := tests/test_triton_math.py tests/ops/test_affine_coupling.py
-# What it runs in all: the generated suite, the kernels' own functions, and the op files that test every backend.
+# What Triton's interpreter runs: the generated suite, the kernels' own functions, and the op files that test every backend.
 TRITON_TESTS := tests/test_ops.py tests/test_triton_math.py tests/ops/test_affine_coupling.py \
-  tests/ops/test_rq_spline.py
+  tests/ops/test_instance_norm.py tests/ops/test_rq_spline.py
 
 # clang-format comes from the virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-triton test-triton-quick test-slow test-isa test-asan lint format bench wheel gpu-check clean
+.PHONY: help dev demo test test-triton test-slow test-isa test-asan lint format bench wheel gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,16 +51,13 @@ $(STAMPS)/built: $(STAMPS)/torch $(BUILD_INPUTS)
 demo: dev ## train a small model for a minute and draw samples
 	$(BIN)/python -m fastgen.demo $(ARGS)
 
-test: dev $(if $(ARGS),,test-triton-quick) ## the fast suite; a kernel that should be there and is missing is an error
+test: dev $(if $(ARGS),,test-triton) ## the fast suite; a kernel that should be there and is missing is an error
 	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
 
-test-triton: dev ## the Triton kernels in Triton's interpreter, which needs no GPU: long
+test-triton: dev ## the Triton kernels in Triton's interpreter, which needs no GPU
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
 	  FASTGEN_STRICT=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow and not gpu' $(TRITON_TESTS) $(ARGS); \
 	else echo 'Triton is not installed (it exists for Linux on x86-64): its kernels are not tested.'; fi
-
-test-triton-quick:
-	@$(MAKE) --no-print-directory test-triton TRITON_TESTS='$(TRITON_QUICK)'
 
 test-slow: dev ## the long tests: packaging, training to convergence
 	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
