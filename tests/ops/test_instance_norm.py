@@ -452,7 +452,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("dtype", (*REDUCED, torch.float64))
 def test_every_way_gives_the_same(way, dtype):
     """Sizes that leave parts of tiles, of groups of planes and of cuts empty."""
-    shapes = (2, 3, 17, 19), (1, 70, 5, 13), (2, 2, 16, 32)
+    shapes = (2, 3, 17, 19), (1, 70, 5, 13)
     layouts = (torch.contiguous_format, torch.channels_last)[: 1 if way == "swept" else 2]
     for shape, layout in itertools.product(shapes, layouts):
         x = (torch.randn(shape) * 2 + 3).to(dtype).contiguous(memory_format=layout)
