@@ -99,7 +99,7 @@ def stages(machine: Machine, python: str = sys.executable) -> list[Stage]:
     arch = os.environ.get("TORCH_CUDA_ARCH_LIST", machine.target)
     build = [*module, "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
     build += ["-v", "-e", str(ROOT)]
-    pytest = [*module, "pytest", "-q", "-m", "gpu", "--durations=15"]
+    pytest = [*module, "pytest", "-v", "-m", "gpu", "--durations=15"]
     pytest += [f"-n{WORKERS}"] * machine.has_xdist
     bench = [*module, "benchmarks.run", *OPS, "--device", "cuda", "--skip-tests"]
     bench += ["--out", str(machine.results), "--budget"]
@@ -122,7 +122,7 @@ def stages(machine: Machine, python: str = sys.executable) -> list[Stage]:
             "tests",
             {"": [*pytest, *(t for t in TESTS if (ROOT / t).exists())]},
             limit=200,
-            reserve=100,
+            reserve=90,
             needs=["build"],
             environment=strict,
         ),
@@ -131,7 +131,7 @@ def stages(machine: Machine, python: str = sys.executable) -> list[Stage]:
             "benchmarks",
             {"": [*bench, "0.3", "--compiled", "no"]},
             limit=150,
-            reserve=80,
+            reserve=70,
             needs=["build"],
             environment=strict,
         ),
@@ -139,7 +139,7 @@ def stages(machine: Machine, python: str = sys.executable) -> list[Stage]:
             "sanitizers",
             {tool: sanitizer(machine, tool, python) for tool in SANITIZERS},
             limit=100,
-            reserve=60,
+            reserve=40,
             needs=["build"],
             # Each tensor gets an allocation of its own, so that what is beyond its end is noticed.
             environment={**strict, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -149,7 +149,7 @@ def stages(machine: Machine, python: str = sys.executable) -> list[Stage]:
             "compiled",
             {"": [*bench, "0.2", "--compiled", "only", "--limit", "30"]},
             limit=150,
-            reserve=60,
+            reserve=30,
             needs=["build"],
             environment=strict,
         ),
@@ -157,7 +157,7 @@ def stages(machine: Machine, python: str = sys.executable) -> list[Stage]:
             "profile",
             {"": [*module, "benchmarks.profiling", "--results", str(machine.results)]},
             limit=60,
-            reserve=40,
+            reserve=25,
             needs=["build"],
             missing="" if "ncu" in machine.tools else "there is no ncu",
         ),

@@ -100,6 +100,9 @@ def measure_roof(device: torch.device) -> Roof:
     if device.type == "cuda":
         products = [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
         return Roof(bandwidth, *(_matrix_product_rate(device, *which) for which in products))
+    # It brings the probes; on a GPU the roofs are measured without it, whatever it can do there.
+    import fastgen.ops  # noqa: F401
+
     probes, threads = torch.ops.fastgen, torch.get_num_threads()
     has_bf16 = probes.bf16_dot_probe(1, 1) > 0
     return Roof(

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 #: Seconds between two looks at the processes of a stage, and that they get to end by themselves.
-LOOK, GRACE = 0.2, 5.0
+LOOK, GRACE = 0.2, 10.0
 #: Lines of a log in the summary.
 TAIL = 25
 
@@ -179,10 +179,13 @@ class Runner:
 
 
 def end_all(processes: Sequence[subprocess.Popen]) -> None:
-    """Ends the processes and what they have started."""
+    """Ends the processes and what they have started.
+
+    They are interrupted first, upon which pytest says what has failed so far.
+    """
     for process in processes:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)
     give_up = time.monotonic() + GRACE
     for process in processes:
         try:

@@ -1,7 +1,9 @@
 """The benchmark harness: what it times, compares, keeps and refuses. No test looks at a time."""
 
 import math
+import re
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -282,6 +284,14 @@ def test_measured_roof_is_positive():
     roof = measure_roof(torch.device("cpu"))
     assert roof.bandwidth > 0
     assert roof.flops > 0
+
+
+def test_roof_prints_the_limits_in_a_process_of_its_own():
+    command = [sys.executable, "-m", "benchmarks.roof"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.match(
+        r"CPU, torch \S+: copy [\d.]+ GB/s, float32 multiply-add \d+ GFLOP/s", done.stdout
+    )
 
 
 def test_peak_of_memory():

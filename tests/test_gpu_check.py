@@ -62,7 +62,7 @@ def test_green_is_zero(tmp_path):
 def test_a_stage_is_stopped_at_its_limit_with_what_it_started(tmp_path):
     pids = tmp_path / "pids"
     code = (
-        "import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "import os, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
         f"open({str(pids)!r}, 'w').write(str(child.pid)); print('so far'); time.sleep(60)"
     )
@@ -80,6 +80,17 @@ def test_a_stage_is_stopped_at_its_limit_with_what_it_started(tmp_path):
     while child.exists() and "Z" not in child.joinpath("stat").read_text().split()[2]:
         assert time.monotonic() < gone, "what the stage started still runs"
         time.sleep(0.05)
+
+
+def test_a_stage_that_is_stopped_may_say_what_it_has(tmp_path):
+    code = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try: time.sleep(60)\nexcept KeyboardInterrupt: print('2 failed so far')"
+    )
+    runner = Runner(tmp_path, 60)
+    assert runner.run([Stage("tests", python(code), 2)]) == 1
+    assert states(runner) == {"tests": STOPPED}
+    assert "2 failed so far" in (tmp_path / "summary.md").read_text()
 
 
 def test_processes_of_a_stage_run_at_once(tmp_path):
@@ -135,6 +146,8 @@ def test_a_tool_that_does_not_start_is_a_failure(tmp_path):
 
 def test_an_interrupted_run_ends_its_processes_and_leaves_a_summary(tmp_path):
     code = (
+        # A shell may have started the tests with interrupts ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
         "from benchmarks.stages import Runner, Stage\n"
         f"folder = Path({str(tmp_path)!r})\n"
