@@ -1,4 +1,4 @@
-"""Image data sets as tensors, with fixed train, validation and test splits."""
+"""Image data sets and toy densities as tensors, with fixed train, validation and test splits."""
 
 from fastgen.data.images import (
     DATASETS,
@@ -9,13 +9,19 @@ from fastgen.data.images import (
     resolve_data_root,
 )
 from fastgen.data.loader import BatchLoader
+from fastgen.data.toys import TOYS, PointDataset, PointSplit, ToyDensity, load_toy
 
 __all__ = [
     "DATASETS",
+    "TOYS",
     "BatchLoader",
     "DataError",
     "ImageDataset",
     "ImageSplit",
+    "PointDataset",
+    "PointSplit",
+    "ToyDensity",
     "load_images",
+    "load_toy",
     "resolve_data_root",
 ]
