@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from fastgen.data import ImageDataset, load_images, resolve_data_root
+from fastgen.data import resolve_data_root
 from fastgen.training.checkpoint import load_newest, write_atomic
 from fastgen.training.engine import Engine, load_weights, make_accelerator
 from fastgen.training.errors import RunError
@@ -35,7 +35,7 @@ def start_run(recipe: str, config: Any, run_dir: Path | None = None) -> RunFolde
     """
     root = resolve_data_root(config.data_root)
     config = dataclasses.replace(config, data_root=None if root is None else str(root))
-    task = _build(recipe, config, load_images(config.data, root))
+    task = _build(recipe, config, find_recipe(recipe).load(config.data, root))
     accelerator = _accelerator(config)
     path = _create(run_dir or _default_path(recipe, config.data), recipe, config, accelerator)
     run = RunFolder.open(path)
@@ -125,11 +125,12 @@ def evaluate_run(path: Path, data_root: str | None = None) -> dict[str, dict[str
 
 def _from_run(run: RunFolder, data_root: str | None) -> tuple[str, Any, Task]:
     recipe, config = config_from_dict(run.read_config())
-    dataset = load_images(config.data, resolve_data_root(data_root or config.data_root))
+    root = resolve_data_root(data_root or config.data_root)
+    dataset = find_recipe(recipe).load(config.data, root)
     return recipe, config, _build(recipe, config, dataset)
 
 
-def _build(recipe: str, config: Any, dataset: ImageDataset) -> Task:
+def _build(recipe: str, config: Any, dataset: Any) -> Task:
     seed_all(config.engine.seed)
     try:
         task = find_recipe(recipe).task(config, dataset)
@@ -140,11 +141,11 @@ def _build(recipe: str, config: Any, dataset: ImageDataset) -> Task:
     return task
 
 
-def _check_sizes(name: str, stage: Any, images: int, accumulate: int) -> None:
+def _check_sizes(name: str, stage: Any, samples: int, accumulate: int) -> None:
     if stage.steps < 0:
         raise ValueError(f"{name}.steps must not be negative, got {stage.steps}")
-    if not 1 <= stage.batch_size <= images:
-        raise ValueError(f"{name}.batch_size must be in [1, {images}], got {stage.batch_size}")
+    if not 1 <= stage.batch_size <= samples:
+        raise ValueError(f"{name}.batch_size must be in [1, {samples}], got {stage.batch_size}")
     if stage.batch_size % accumulate:
         raise ValueError(
             f"{name}.batch_size must be a multiple of engine.accumulate, "

@@ -97,8 +97,8 @@ def test_hyphens_and_presets(tmp_path):
     ("arguments", "message"),
     [
         (["fly"], "unknown command 'fly'; known: train, sample, eval, bench, info"),
-        (["train"], "needs a recipe first; known: vqvae"),
-        (["train", "vqgan"], "unknown recipe 'vqgan'; known: vqvae"),
+        (["train"], "needs a recipe first; known: realnvp, vqvae"),
+        (["train", "vqgan"], "unknown recipe 'vqgan'; known: realnvp, vqvae"),
         (["train", "vqvae", "--model.colour", "3"], "--model.colour"),
         (["train", "vqvae", "extra"], "extra"),
         (["train", "vqvae", "--model.num_codes", "many"], "model.num_codes"),
