@@ -121,10 +121,13 @@ def test_evaluation_leaves_the_generators_alone(digits):
 @pytest.mark.parametrize("coupling", ("affine", "spline"))
 @pytest.mark.parametrize("data", ("moons", "digits"))
 def test_fused_ops_train_as_the_references_do(tmp_path, data, coupling):
-    """30 steps from one seed: the same batches and the same noise."""
+    """30 steps from one seed: the same batches and the same noise.
+
+    They agree to 1e-6 here; at a learning rate of 1e-3 what rounds differently can grow to 5e-4.
+    """
     options = [*(DIGITS if data == "digits" else SMALL), f"--data={data}"]
     options += [f"--model.coupling={coupling}", "--flow.steps=30", "--flow.batch_size=64"]
-    options += ["--engine.log_every=1", "--engine.valid_every=30"]
+    options += ["--engine.log_every=1", "--engine.valid_every=30", "--flow.optimizer.lr=3e-4"]
     losses = {}
     for backend in ("cpu", "reference"):
         with fastgen.use_backend({"affine_coupling": backend, "rq_spline": backend}):

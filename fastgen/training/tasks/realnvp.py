@@ -51,7 +51,7 @@ class FlowConfig:
     """
 
     coupling: Literal["affine", "spline"] = "spline"
-    layers: int = 8
+    layers: int = 6
     scales: int = 2
     hidden: int = 64
     blocks: int = 2
@@ -82,7 +82,7 @@ class RealNVPConfig:
     model: FlowConfig = field(default_factory=FlowConfig)
     flow: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=10_000, batch_size=512, optimizer=OptimizerConfig(lr=1e-3, final_lr=0.0)
+            steps=6000, batch_size=512, optimizer=OptimizerConfig(lr=2e-3, final_lr=0.0)
         )
     )
     engine: EngineConfig = field(
