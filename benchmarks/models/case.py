@@ -1,8 +1,8 @@
 """What a model benchmark is, and how its training step is timed.
 
-A step is zero_grad, loss, backward and a fused AdamW, on one batch that stays the same. Ours with the fused
-ops, ours with the references, both compiled, and the peers run in one process, interleaved, each
-with weights of its own. The peak of memory is that of one more step.
+A step is zero_grad, loss, backward and a fused AdamW, on one batch that stays the same. Ours with
+the fused ops, ours with the references, both compiled, and the peers run in one process,
+interleaved, each with weights of its own. The peak of memory is that of one more step.
 """
 
 from __future__ import annotations

@@ -15,8 +15,14 @@ from fastgen.data import TOYS, load_images, load_toy
 from fastgen.training.options import parse_train_options
 from fastgen.training.runs import evaluate_run, load_run, sample_run, start_run
 
-SHORT = ["--engine.cpu=true", "--flow.optimizer.warmup_steps=20", "--engine.ema_decay=0.95"]
-SMALL = [*SHORT, "--model.layers=4", "--model.hidden=32", "--model.num_bins=8"]
+SHORT = ["--engine.cpu=true", "--flow.optimizer.warmup_steps=20"]
+SMALL = [
+    *SHORT,
+    "--engine.ema_decay=0.95",
+    "--model.layers=4",
+    "--model.hidden=32",
+    "--model.num_bins=8",
+]
 DIGITS = [*SHORT, "--data=digits", "--model.hidden=16", "--model.blocks=1"]
 
 
@@ -189,6 +195,7 @@ def test_presets_know_the_grey_values():
     for data in ("digits", "mnist", "binarized-mnist", "cifar10"):
         config = parse_train_options("realnvp", [f"--data={data}"]).config
         assert config.model.coupling == "affine" and config.model.batch_norm
+        assert config.engine.ema_decay is None
         assert config.model.levels == {"digits": 17, "binarized-mnist": 2}.get(data, 256)
     steps = load_images("digits").train.images * 16
     assert torch.equal(steps, steps.round())
