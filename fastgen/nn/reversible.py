@@ -96,16 +96,15 @@ class InvertibleChain(Invertible):
     Args:
         layers: in the order of `forward`.
         reversible: rebuild activations in backward instead of keeping them. The result is that of
-            plain backward up to rounding, with gradients of first order only, and not under
-            torch.func.
+            plain backward up to rounding, with gradients of first order only (PyTorch's error for
+            once differentiable functions otherwise), and not under torch.func.
         anchor_every: layers between kept states in that mode.
 
     State dict: that of the layers, under "layers.0." and so on.
 
     Raises:
         ValueError: `anchor_every` below 1; a reversible chain with dropout or batch normalisation
-            of torch.nn inside, which would not do the same again in backward; at the second
-            backward of a reversible chain, PyTorch's error for once differentiable functions.
+            of torch.nn inside, which would not do the same again in backward, or another chain.
     """
 
     def __init__(
@@ -118,8 +117,8 @@ class InvertibleChain(Invertible):
         if anchor_every < 1:
             raise ValueError(f"anchor_every: expected at least 1, got {anchor_every}")
         if reversible:
-            for name, module in self.named_modules():
-                if isinstance(module, (_DropoutNd, _BatchNorm)):
+            for name, module in self.layers.named_modules(prefix="layers"):
+                if isinstance(module, (_DropoutNd, _BatchNorm, InvertibleChain)):
                     raise ValueError(
                         f"layers: expected layers that do the same when run again, for "
                         f"reversible=True; {name} is {type(module).__name__}"
@@ -133,7 +132,7 @@ class InvertibleChain(Invertible):
             parameters = [p for p in self.parameters() if p.requires_grad]
             if parameters or x.requires_grad:
                 return _apply_reversible(self, x, *parameters)
-        return _run(x, (layer.forward for layer in self))
+        return _run(x, self)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return _run(y, (layer.inverse for layer in reversed(list(self))))

@@ -372,6 +372,15 @@ def test_layers_that_change_when_run_again_are_refused(module):
         InvertibleChain([layer], reversible=True)
 
 
+def test_a_chain_in_a_reversible_chain_is_refused():
+    inner = InvertibleChain(couplings(affine, 2))
+    plain = InvertibleChain([Shift(6), inner])
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(plain.inverse(plain(x)[0])[0], x, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"layers\.1 is InvertibleChain"):
+        InvertibleChain([Shift(6), inner], reversible=True)
+
+
 def test_bad_anchor_every():
     with pytest.raises(ValueError, match="anchor_every: expected at least 1, got 0"):
         InvertibleChain([], anchor_every=0)
