@@ -64,6 +64,7 @@ class StageRun:
     def step(self) -> None:
         """One optimiser step of every phase, on one batch."""
         batch = self.loader.next_batch()
+        self.stage.steps_done = self.steps_done
         logs: dict[str, Tensor] = {}
         for phase in self.optimizers:
             for name, value in self._phase(phase, batch).items():

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen.data import ImageDataset
+from fastgen.training.tasks import classifier, vae, vqvae
 from fastgen.training.tasks.base import Task
-from fastgen.training.tasks.vqvae import PRESETS, VQVAEConfig, VQVAETask
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class Recipe:
     presets: dict[str, dict[str, Any]]
 
 
-RECIPES = {"vqvae": Recipe(VQVAEConfig, VQVAETask, PRESETS)}
+RECIPES = {
+    "classifier": Recipe(
+        classifier.ClassifierConfig, classifier.ClassifierTask, classifier.PRESETS
+    ),
+    "vae": Recipe(vae.VAEConfig, vae.VAETask, vae.PRESETS),
+    "vqvae": Recipe(vqvae.VQVAEConfig, vqvae.VQVAETask, vqvae.PRESETS),
+}
 
 __all__ = ["RECIPES", "Recipe", "Task"]
