@@ -116,6 +116,10 @@ class StageRun:
         steps = self.accelerator.gather(self._bad_step[None])
         return min((int(step) for step in steps if step >= 0), default=None)
 
+    def bad_terms(self) -> list[str]:
+        """Which tensors that the losses logged in this interval, here, are not finite."""
+        return [name for name, value in self._sums.items() if not value.isfinite().all()]
+
     def take_means(self) -> tuple[dict[str, Tensor], int]:
         """Means of what the losses logged since the last call, over all processes; the steps."""
         steps, sums = self._summed_steps, self._sums

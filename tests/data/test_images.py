@@ -228,9 +228,7 @@ def test_bad_folders(tmp_path, files, message):
 
 def test_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTGEN_DATA", raising=False)
-    with pytest.raises(
-        DataError, match="train-images-idx3-ubyte.gz or .* not found .*--data-root"
-    ):
+    with pytest.raises(DataError, match="train-images-idx3-ubyte.gz or .* not found .*--data-root"):
         load_images("mnist", tmp_path)
     with pytest.raises(
         DataError, match="no data folder is set; give --data-root DIR or FASTGEN_DATA"
