@@ -102,7 +102,10 @@ class VAE(nn.Module):
         """Images (B, C, H, W) -> mean and log-variance of q(z | x), (B, D) each."""
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"images must be (B, *{self.image_shape}), got {tuple(images.shape)}")
-        mu, logvar = self.encoder(2 * images - 1).chunk(2, 1)
+        parameters = self.encoder(2 * images - 1)
+        # under autocast too: the KL is a difference of near terms
+        parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+        mu, logvar = parameters.chunk(2, 1)
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:

@@ -63,21 +63,21 @@ def convolutional(
         image_shape: (C, H, W); H and W divisible by 2**layers.
         latent_dim: D.
         out_channels: channels of the decoder's output.
-        width: of the hidden layer; the first halving has width / 8 channels.
+        width: of the hidden layer; the first halving has width / 16 channels.
         layers: halvings; each doubles the channels.
         dropout: probability, before the encoder's hidden layer.
 
     Raises:
-        ValueError: a side that the halvings do not divide, or a width below 8.
+        ValueError: a side that the halvings do not divide, or a width below 16.
     """
     image_channels, height, rows = image_shape
     if height % 2**layers or rows % 2**layers:
         raise ValueError(
             f"layers must halve the sides of a {height}x{rows} image evenly, got {layers}"
         )
-    if width < 8:
-        raise ValueError(f"width must be at least 8, got {width}")
-    widths = [width // 8 << i for i in range(layers)]
+    if width < 16:
+        raise ValueError(f"width must be at least 16, got {width}")
+    widths = [width // 16 << i for i in range(layers)]
     grid = (widths[-1], height >> layers, rows >> layers)
     down = [nn.Conv2d(a, b, 4, 2, 1) for a, b in pairwise([image_channels, *widths])]
     up = [nn.ConvTranspose2d(b, a, 4, 2, 1) for a, b in pairwise([out_channels, *widths])]

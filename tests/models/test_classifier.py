@@ -6,13 +6,12 @@ from fastgen.models import Classifier
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 5, 7), (3, 1, 1)])
 def test_shapes(shape):
-    model = Classifier(shape, 4, channels=3, feature_dim=6)
+    model = Classifier(shape, 4, channels=8, feature_dim=16)
     images = torch.rand(2, *shape)
-    assert model.features(images).shape == (2, 6)
+    assert model.features(images).shape == (2, 16)
     logits = model(images)
     assert logits.shape == (2, 4)
-    logits.square().sum().backward()
-    assert all(p.grad.abs().max() > 0 for p in model.head.parameters())
+    assert not torch.equal(*logits)
 
 
 def test_bad_arguments():

@@ -35,7 +35,7 @@ def wide(model):
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "discretized-logistic"])
 @pytest.mark.parametrize("scale", ["shared", "pixel"])
 def test_shapes_and_gradients(network, likelihood, scale):
-    model = build(network=network, likelihood=likelihood, scale=scale, dropout=0.1)
+    model = build(network=network, likelihood=likelihood, scale=scale, dropout=0.1, width=128)
     images = binary_images()
     for options, kl in itertools.product(BOUNDS, ("analytic", "mc")):
         model.kl = kl
@@ -145,6 +145,18 @@ def test_parts_of_the_samples_make_up_the_whole(max_decoded):
     torch.testing.assert_close(found, expected[:3], rtol=0, atol=0.1)
 
 
+def test_autocast_keeps_the_terms_in_float32():
+    model, images, key = wide(build(kl="mc")), binary_images(), make_key(2)
+    exact = model(images, key=key)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = model(images, key=key)
+        weighted = model(images, samples=3, key=key)
+    for term, expected in zip(terms, exact, strict=True):
+        assert term.dtype == torch.float32
+        torch.testing.assert_close(term, expected, rtol=0.03, atol=0.3)
+    assert weighted.bound.dtype == torch.float32
+
+
 def test_log_prob_follows_its_generator():
     model, images = build(), binary_images()
     before = torch.get_rng_state()
@@ -212,7 +224,7 @@ def test_temperature_narrows_the_samples():
         ({"kl": "none"}, "kl must be one of analytic, mc, got 'none'"),
         ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
         ({"network": "conv", "layers": 3}, "layers must halve the sides of a 8x4 image evenly"),
-        ({"network": "conv", "width": 7}, "width must be at least 8, got 7"),
+        ({"network": "conv", "width": 15}, "width must be at least 16, got 15"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -9,7 +9,8 @@ import torch
 
 import fastgen
 from fastgen.cli import main
-from fastgen.data import ImageDataset, ImageSplit
+from fastgen.data import ImageDataset, ImageSplit, load_images
+from fastgen.models import VAE
 from fastgen.training.options import parse_train_options
 from fastgen.training.runs import evaluate_run, load_run, sample_run, start_run
 from fastgen.training.tasks.vae import VAEConfig, VAETask
@@ -106,6 +107,31 @@ def test_beta_warms_up(tmp_path):
     assert weights == pytest.approx([0, 0.5, 1, 1.5, 2, 2, 2, 2], abs=1e-3)
 
 
+def test_importance_weighting_starts_after_the_elbo_steps(tmp_path, monkeypatch):
+    seen = []
+    forward = VAE.forward
+
+    def counted(self, images, *, samples=1, **others):
+        if self.training:
+            seen.append(samples)
+        return forward(self, images, samples=samples, **others)
+
+    monkeypatch.setattr(VAE, "forward", counted)
+    config = options("--vae.steps=5", "--objective.samples=4", "--objective.elbo_steps=3")
+    start_run("vae", config, tmp_path / "run")
+    assert seen == [1, 1, 1, 4, 4]
+
+
+def test_the_learning_rate_has_its_course_before_and_with_the_importance_weights():
+    config = options("--vae.steps=300", "--objective.samples=4", "--objective.elbo_steps=200")
+    stage = VAETask(config, load_images("digits")).stages[0]
+    rates = [stage.lr(step) for step in range(300)]
+    expected = config.vae.optimizer
+    assert rates[:200] == [expected.lr_at(step, 200) for step in range(200)]
+    assert rates[200:] == [expected.lr_at(step, 100) for step in range(100)]
+    assert max(rates[:200]) == max(rates[200:]) == expected.lr
+
+
 def test_warm_up_goes_on_after_a_kill(tmp_path, monkeypatch):
     """An interrupted run ends with the weights of one that was not."""
     from fastgen.training import checkpoint as ckpt
@@ -157,6 +183,7 @@ def test_grey_pixels_are_drawn_anew_in_training_and_once_for_the_test():
     [
         (["--objective.beta=-1"], "objective.beta must not be negative, got -1"),
         (["--objective.free_bits=-0.1"], "objective.free_bits must not be negative"),
+        (["--objective.elbo_steps=-1"], "objective.elbo_steps must not be negative"),
         (["--objective.samples=0"], "objective.samples must be at least 1"),
         (["--objective.samples=5", "--objective.beta=2"], "importance-weighted bound of 5"),
         (["--model.likelihood=poisson"], "model.likelihood"),

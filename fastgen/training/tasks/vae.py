@@ -38,7 +38,7 @@ class ModelConfig:
     Args:
         latent_dim: number of latents.
         network: perceptrons, or convolutions that halve the sides.
-        width: of the hidden layers; a first convolution has an eighth as many channels.
+        width: of the hidden layers; a first convolution has width / 16 channels.
         layers: hidden layers, or halvings, in encoder and decoder each.
         dropout: probability, in the encoder.
         likelihood: of the pixels. Bernoulli is for binary images; the discretised logistic gives a
@@ -65,6 +65,8 @@ class ObjectiveConfig:
 
     Args:
         samples: latents an image; with several it is the importance-weighted bound.
+        elbo_steps: steps with one sample before that, `samples` times cheaper; the learning rate
+            rises and falls in each of the two.
         beta: weight of the KL in the evidence lower bound.
         beta_warmup_steps: steps in which the weight rises to beta from 0.
         free_bits: nats that each latent's KL costs at least.
@@ -74,6 +76,7 @@ class ObjectiveConfig:
     """
 
     samples: int = 1
+    elbo_steps: int = 0
     beta: float = 1.0
     beta_warmup_steps: int = 0
     free_bits: float = 0.0
@@ -82,7 +85,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"objective.samples must be at least 1, got {self.samples}")
-        for name in ("beta", "beta_warmup_steps", "free_bits"):
+        for name in ("elbo_steps", "beta", "beta_warmup_steps", "free_bits"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"objective.{name} must not be negative, got {getattr(self, name)}"
@@ -144,7 +147,7 @@ class VAEConfig:
 
 
 _LARGE: dict[str, Any] = {
-    "vae.steps": 50_000,
+    "vae.steps": 100_000,
     "engine.valid_every": 1000,
     "engine.sample_every": 10_000,
     "engine.checkpoint_every": 2500,
@@ -153,10 +156,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"model.latent_dim": 8, "model.width": 128, "engine.ema_decay": 0.99},
     "mnist": _LARGE,
     "fashion-mnist": _LARGE,
-    "binarized-mnist": _LARGE,
+    "binarized-mnist": _LARGE | {"model.network": "conv", "model.width": 256},
     "cifar10": _LARGE
     | {
         "model.network": "conv",
+        "model.width": 512,
         "model.latent_dim": 128,
         "model.likelihood": "discretized-logistic",
     },
@@ -182,12 +186,18 @@ class VAEStage(Stage):
     def train_tensors(self) -> dict[str, Tensor | None]:
         return {"images": self.dataset.train.images}
 
+    def lr(self, step: int) -> float:
+        first, steps = self.objective.elbo_steps, self.config.steps
+        if step < first:
+            return self.config.optimizer.lr_at(step, min(first, steps))
+        return self.config.optimizer.lr_at(step - first, steps - first)
+
     def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
         images = torch.bernoulli(batch["images"]) if self.binarize else batch["images"]
         options = self.objective
         bound, log_likelihood, kl = nets["vae"](
             images,
-            samples=options.samples,
+            samples=self._samples(),
             beta=self._beta(images.device),
             free_bits=options.free_bits,
         )
@@ -195,6 +205,9 @@ class VAEStage(Stage):
         return PhaseLoss(
             loss, {"loss": loss, "reconstruction": -log_likelihood.mean(), "kl": kl.mean()}
         )
+
+    def _samples(self) -> int:
+        return 1 if self.steps_done < self.objective.elbo_steps else self.objective.samples
 
     def _beta(self, device: torch.device) -> float | Tensor:
         """A tensor while it moves, so that a compiled network is not compiled again."""
@@ -208,7 +221,7 @@ class VAEStage(Stage):
         return {name: value.item() for name, value in logs.items()}
 
     def validate(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
-        return bound_measures(_vae(modules), self.dataset.valid, self.objective.samples)
+        return bound_measures(_vae(modules), self.dataset.valid, self._samples())
 
     def draw(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         return pictures(_vae(modules), self.dataset.valid.images)
@@ -304,8 +317,8 @@ def pictures(model: VAE, images: Tensor) -> dict[str, Tensor]:
     shown = images[: _GRID * _GRID // 2]
     pairs = torch.stack([shown, model.decode(means[: len(shown)])], 1)
     generator = torch.Generator(_device(model)).manual_seed(_EVAL_SEED)
-    ends = len(images[: 2 * _GRID]) // 2
-    lines = model.interpolate(images[:ends], images[ends : 2 * ends], _GRID)
+    ends = min(_GRID, len(images))
+    lines = model.interpolate(images[:ends], images[-ends:], _GRID)
     most_active = means.var(0).argsort(descending=True)[:_TRAVERSED]
     traversals = model.traverse(images[0], most_active, len(most_active))
     return {
