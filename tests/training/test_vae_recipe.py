@@ -55,6 +55,18 @@ def test_evaluation(run):
     assert evaluate_run(run.path) == measures
 
 
+def test_evaluation_of_some_images_takes_them_from_all_over(run, monkeypatch):
+    from fastgen.training.tasks import vae
+
+    task = load_run(run.path, overrides=["--evaluation.images=7"])
+    images = task.dataset.test.images
+    seen = []
+    monkeypatch.setattr(vae, "log_probs", lambda model, x, samples: seen.append(x) or torch.ones(7))
+    task.evaluate()
+    rows = [0, 25, 51, 76, 102, 127, 153]
+    assert len(images) == 179 and torch.equal(seen[0], images[rows])
+
+
 def test_samples_are_closer_to_digits_than_noise(run):
     task = load_run(run.path)
     digits = task.dataset.train.images.flatten(1)

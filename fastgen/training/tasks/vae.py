@@ -104,7 +104,7 @@ class EvaluationConfig:
 
     Args:
         samples: importance samples an image of the log likelihood.
-        images: take only the first so many images of a split; null for all.
+        images: take only so many images of a split, evenly spaced; null for all.
         splits: where to measure.
     """
 
@@ -267,7 +267,9 @@ class VAETask(Task):
 
     def _measure(self, split: ImageSplit) -> dict[str, float]:
         options = self.evaluation
-        split = replace(split, images=split.images[: options.images])
+        count = min(options.images or len(split), len(split))
+        chosen = torch.arange(count) * len(split) // count  # a split may be sorted by class
+        split = ImageSplit(split.images[chosen])
         nll, error = mean_and_error(-log_probs(self.model, split.images, options.samples))
         measures = {"nll": nll, "nll_standard_error": error, "samples": float(options.samples)}
         if not isinstance(self.model.likelihood, Gaussian):
