@@ -130,6 +130,7 @@ def test_importance_weighting_starts_after_the_elbo_steps(tmp_path, monkeypatch)
 
     monkeypatch.setattr(VAE, "forward", counted)
     config = options("--vae.steps=5", "--objective.samples=4", "--objective.elbo_steps=3")
+    config = replace(config, objective=replace(config.objective, beta_warmup_steps=3))
     start_run("vae", config, tmp_path / "run")
     assert seen == [1, 1, 1, 4, 4]
 
@@ -198,6 +199,7 @@ def test_grey_pixels_are_drawn_anew_in_training_and_once_for_the_test():
         (["--objective.elbo_steps=-1"], "objective.elbo_steps must not be negative"),
         (["--objective.samples=0"], "objective.samples must be at least 1"),
         (["--objective.samples=5", "--objective.beta=2"], "importance-weighted bound of 5"),
+        (["--objective.samples=5", "--objective.beta_warmup_steps=9"], "end the warm-up within"),
         (["--model.likelihood=poisson"], "model.likelihood"),
         (["--model.likelihood=discretized-logistic"], "must be multiples of 1/255"),
         (["--objective.binarize=no"], "must be 0 or 1 for the Bernoulli likelihood"),

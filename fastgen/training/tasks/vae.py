@@ -90,11 +90,12 @@ class ObjectiveConfig:
                 raise ValueError(
                     f"objective.{name} must not be negative, got {getattr(self, name)}"
                 )
-        plain = (self.beta, self.beta_warmup_steps, self.free_bits) == (1.0, 0, 0.0)
-        if self.samples > 1 and not plain:
+        plain = self.beta == 1 and not self.free_bits
+        if self.samples > 1 and not (plain and self.beta_warmup_steps <= self.elbo_steps):
             raise ValueError(
                 "objective.beta, beta_warmup_steps and free_bits weigh the KL of one sample; the "
-                f"importance-weighted bound of {self.samples} samples has none"
+                f"importance-weighted bound of {self.samples} samples has none: leave them as they "
+                "are, and end the warm-up within elbo_steps"
             )
 
 
