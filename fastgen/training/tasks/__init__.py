@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen.data import load_images
-from fastgen.training.tasks import realnvp, vqvae
+from fastgen.training.tasks import classifier, realnvp, vae, vqvae
 from fastgen.training.tasks.base import Task
 
 
@@ -29,9 +29,13 @@ class Recipe:
 
 
 RECIPES = {
+    "classifier": Recipe(
+        classifier.ClassifierConfig, classifier.ClassifierTask, classifier.PRESETS
+    ),
     "realnvp": Recipe(
         realnvp.RealNVPConfig, realnvp.RealNVPTask, realnvp.PRESETS, realnvp.load_data
     ),
+    "vae": Recipe(vae.VAEConfig, vae.VAETask, vae.PRESETS),
     "vqvae": Recipe(vqvae.VQVAEConfig, vqvae.VQVAETask, vqvae.PRESETS),
 }
 
