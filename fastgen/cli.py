@@ -1,4 +1,4 @@
-"""The command line: fastgen train | sample | eval | bench | info."""
+"""The command line: fastgen train | sample | eval | download | bench | info."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ usage: fastgen COMMAND ...
         [--any.option VALUE]      train in a new run folder
   train --resume RUN [--data-root DIR]
   sample RUN [--num N] [--seed S] [--label L] [--temperature T] [--out PNG]
-  eval RUN                        measures on held-out data; writes RUN/eval.json
+  eval RUN [--features RUN] [--evaluation.OPTION=VALUE]
+                                  measures on held-out data; writes RUN/eval.json
+  download DATA [--data-root DIR] fetch the files of a data set, with their checksums
   bench [OP]                      time an op against others (in a source checkout)
   info                            versions, what was built, each op's backends
 
@@ -195,12 +197,42 @@ def _eval(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--data-root", help="where the data is, if it moved")
+    parser.add_argument(
+        "--features", type=Path, help="run of recipe classifier: compare samples with test images"
+    )
+    parser.add_argument("--num", type=_positive, default=10_000, help="samples for that (10000)")
+    options, overrides = parser.parse_known_args(arguments)
+    strange = [argument for argument in overrides if not argument.startswith("--evaluation.")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    measures = evaluate_run(
+        options.run,
+        options.data_root,
+        features=options.features,
+        num=options.num,
+        overrides=overrides,
+    )
+    print(f"{'':24}" + "".join(f"{split:>12}" for split in measures))
+    for name in dict.fromkeys(name for values in measures.values() for name in values):
+        cells = (values.get(name) for values in measures.values())
+        print(f"{name:24}" + "".join(f"{'' if c is None else f'{c:.5g}':>12}" for c in cells))
+    return 0
+
+
+def _download(arguments: Sequence[str]) -> int:
+    from fastgen.data import DataError, download, resolve_data_root
+
+    parser = CommandParser("fastgen download", description="fetch the files of a data set")
+    parser.add_argument("data", help="mnist, fashion-mnist, binarized-mnist or cifar10")
+    parser.add_argument("--data-root", help="folder for them (FASTGEN_DATA)")
     options = parser.parse_args(arguments)
-    measures = evaluate_run(options.run, options.data_root)
-    splits = list(measures)
-    print(f"{'':24}" + "".join(f"{split:>12}" for split in splits))
-    for name in measures[splits[0]]:
-        print(f"{name:24}" + "".join(f"{measures[split][name]:12.5g}" for split in splits))
+    root = resolve_data_root(options.data_root)
+    if root is None:
+        raise CommandError("no data folder is set; give --data-root DIR or FASTGEN_DATA=DIR")
+    try:
+        download(options.data, root)
+    except DataError as error:
+        raise CommandError(str(error)) from error
     return 0
 
 
@@ -226,7 +258,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-_COMMANDS = {"train": _train, "sample": _sample, "eval": _eval, "bench": _bench, "info": _info}
+_COMMANDS = {
+    "train": _train,
+    "sample": _sample,
+    "eval": _eval,
+    "download": _download,
+    "bench": _bench,
+    "info": _info,
+}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ template <class S>
 struct CouplingForward {
   const S *x, *raw, *shift;
   std::int64_t x_stride, raw_stride, shift_stride, size;
-  bool dense, past_caches;
+  bool dense;
   S* y;
   acc_t<S>* partial;
   CouplingScale scale;
@@ -24,7 +24,7 @@ struct CouplingBackward {
   const acc_t<S>* grad_log_det;
   const S *x, *raw, *shift;
   std::int64_t grad_y_stride, x_stride, raw_stride, shift_stride, size;
-  bool dense, past_caches;
+  bool dense;
   S *grad_x, *grad_raw, *grad_shift;  // grad_shift: of the inverse only
   CouplingScale scale;
   bool inverse;
@@ -74,9 +74,8 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(const Tensor& x, const Tensor& ra
     sum_rows(xs.count, xs.size, data<acc_t<S>>(log_det), [&](acc_t<S>* partial) {
       const bool dense = xs.dense() && raws.dense() && shifts.dense();
       const CouplingForward<S> args{
-          xs.row<S>(0), raws.row<S>(0), shifts.row<S>(0),     xs.stride,  raws.stride, shifts.stride,
-          xs.size,      dense,          exceeds_caches(x, 4), data<S>(y), partial,     parse_scale(scale),
-          inverse,      scale_factor};
+          xs.row<S>(0), raws.row<S>(0), shifts.row<S>(0), xs.stride,          raws.stride, shifts.stride, xs.size,
+          dense,        data<S>(y),     partial,          parse_scale(scale), inverse,     scale_factor};
       parallel_pieces(xs.count, xs.size, [&](std::int64_t begin, std::int64_t end) {
         FASTGEN_DISPATCH_ISA(coupling_forward, args, begin, end);
       });
@@ -100,24 +99,11 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(const Tensor& grad_y, con
   dispatch_dtype(x.scalar_type(), "affine_coupling", [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const bool dense = gys.dense() && xs.dense() && raws.dense() && shifts.dense();
-    const CouplingBackward<S> args{gys.row<S>(0),
-                                   data<acc_t<S>>(gld),
-                                   xs.row<S>(0),
-                                   raws.row<S>(0),
-                                   shifts.row<S>(0),
-                                   gys.stride,
-                                   xs.stride,
-                                   raws.stride,
-                                   shifts.stride,
-                                   xs.size,
-                                   dense,
-                                   exceeds_caches(x, inverse ? 7 : 5),
-                                   data<S>(grad_x),
-                                   data<S>(grad_raw),
-                                   data<S>(grad_shift),
-                                   parse_scale(scale),
-                                   inverse,
-                                   scale_factor};
+    const CouplingBackward<S> args{
+        gys.row<S>(0), data<acc_t<S>>(gld), xs.row<S>(0),      raws.row<S>(0),      shifts.row<S>(0),
+        gys.stride,    xs.stride,           raws.stride,       shifts.stride,       xs.size,
+        dense,         data<S>(grad_x),     data<S>(grad_raw), data<S>(grad_shift), parse_scale(scale),
+        inverse,       scale_factor};
     parallel_pieces(xs.count, xs.size, [&](std::int64_t begin, std::int64_t end) {
       FASTGEN_DISPATCH_ISA(coupling_backward, args, begin, end);
     });

@@ -37,9 +37,9 @@ FASTGEN_INLINE ScaleTerms<T> scale_terms(Vec<T> raw, T factor) {
 }
 
 // n elements; gives log s to the sink, from element `at` on.
-template <CouplingScale kScale, bool kInverse, class S, class Sink, class Put>
+template <CouplingScale kScale, bool kInverse, class S, class Sink>
 void coupling_run(const S* x, const S* raw, const S* shift, S* y, std::int64_t n, acc_t<S> factor,
-                  const Sink& sink, Put put) {
+                  const Sink& sink) {
   using V = Vec<acc_t<S>>;
   V log_scale;
   const auto step = [&](V x, V raw, V shift) FASTGEN_INLINE_LAMBDA {
@@ -49,7 +49,7 @@ void coupling_run(const S* x, const S* raw, const S* shift, S* y, std::int64_t n
   };
   std::int64_t j = 0;
   for (; j + V::width <= n; j += V::width) {
-    put(y + j, step(load(x + j), load(raw + j), load(shift + j)));
+    store(y + j, step(load(x + j), load(raw + j), load(shift + j)));
     sink(j, log_scale);
   }
   if (j < n) {
@@ -64,22 +64,15 @@ void coupling_forward_pieces(const CouplingForward<S>& a, std::int64_t begin, st
   using T = acc_t<S>;
   const T sign = T(kInverse ? -1 : 1);
   each_row_sum(begin, end, a.size, a.dense, sign, a.partial, [&](const Piece& piece, const auto& sink) {
-    S* y = a.y + piece.row * a.size + piece.first;
-    const std::int64_t n = piece.last - piece.first;
-    with_stores(
-        a.past_caches, n,
-        [&](auto put) FASTGEN_INLINE_LAMBDA {
-          coupling_run<kScale, kInverse>(
-              a.x + piece.row * a.x_stride + piece.first, a.raw + piece.row * a.raw_stride + piece.first,
-              a.shift + piece.row * a.shift_stride + piece.first, y, n, static_cast<T>(a.factor), sink, put);
-        },
-        y);
+    coupling_run<kScale, kInverse>(
+        a.x + piece.row * a.x_stride + piece.first, a.raw + piece.row * a.raw_stride + piece.first,
+        a.shift + piece.row * a.shift_stride + piece.first, a.y + piece.row * a.size + piece.first,
+        piece.last - piece.first, static_cast<T>(a.factor), sink);
   });
-  if (a.past_caches) stream_end();
 }
 
-template <CouplingScale kScale, bool kInverse, class S, class Value, class Put>
-void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const Value& grad_log_det, Put put) {
+template <CouplingScale kScale, bool kInverse, class S, class Value>
+void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const Value& grad_log_det) {
   using T = acc_t<S>;
   using V = Vec<T>;
   const T factor = static_cast<T>(a.factor);
@@ -98,9 +91,9 @@ void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const V
   std::int64_t j = piece.first;
   for (; j + V::width <= piece.last; j += V::width) {
     step(load(gy + j), grad_log_det(j - piece.first), load(x + j), load(raw + j), load(shift + j));
-    put(grad_x + j, gx);
-    put(grad_raw + j, gr);
-    if constexpr (kInverse) put(a.grad_shift + out + j, -gx);
+    store(grad_x + j, gx);
+    store(grad_raw + j, gr);
+    if constexpr (kInverse) store(a.grad_shift + out + j, -gx);
   }
   if (j < piece.last) {
     const int rest = static_cast<int>(piece.last - j);
@@ -115,13 +108,8 @@ void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const V
 template <CouplingScale kScale, bool kInverse, class S>
 void coupling_backward_pieces(const CouplingBackward<S>& a, std::int64_t begin, std::int64_t end) {
   each_row_value(begin, end, a.size, a.dense, a.grad_log_det, [&](const Piece& piece, const auto& grad_log_det) {
-    const std::int64_t first = piece.row * a.size + piece.first;
-    with_stores(
-        a.past_caches, piece.last - piece.first,
-        [&](auto put) FASTGEN_INLINE_LAMBDA { coupling_grad_run<kScale, kInverse>(a, piece, grad_log_det, put); },
-        a.grad_x + first, a.grad_raw + first, kInverse ? a.grad_shift + first : a.grad_x + first);
+    coupling_grad_run<kScale, kInverse>(a, piece, grad_log_det);
   });
-  if (a.past_caches) stream_end();
 }
 
 // The run-time choices become template arguments once per range, outside the loops.

@@ -665,14 +665,13 @@ inline void stream_end() {
 #endif
 }
 
-// f(put) with put(p, vector) storing what is wanted, for n elements from `out` and from each of `more`. Only
-// aligned whole vectors can go past the caches.
-template <class S, class F, class... Out>
-FASTGEN_INLINE void with_stores(bool past_caches, std::int64_t n, F f, const S* out, const Out*... more) {
+// f(put) with put(p, vector) storing what is wanted, for n elements from `out`. Only aligned whole vectors can go
+// past the caches.
+template <class S, class F>
+FASTGEN_INLINE void with_stores(bool past_caches, std::int64_t n, F f, const S* out) {
   if constexpr (std::is_same_v<S, acc_t<S>>) {
-    const std::uintptr_t bits =
-        (reinterpret_cast<std::uintptr_t>(out) | ... | reinterpret_cast<std::uintptr_t>(more));
-    if (past_caches && n % Vec<S>::width == 0 && bits % sizeof(Vec<S>) == 0) return f(PastCaches{});
+    const bool aligned = reinterpret_cast<std::uintptr_t>(out) % sizeof(Vec<S>) == 0;
+    if (past_caches && aligned && n % Vec<S>::width == 0) return f(PastCaches{});
   }
   f(IntoCaches{});
 }

@@ -5,17 +5,20 @@ Dinh et al. 2017, "Density estimation using Real NVP"; Durkan et al. 2019, "Neur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fastgen import ops
+from fastgen.nn.reversible import Cotangents, Invertible, Memory, Unwound, pull_back
 from fastgen.ops import _check
 from fastgen.ops.affine_coupling import SCALES
 
 __all__ = ["AffineCoupling", "RQSplineCoupling"]
 
 
-class _Coupling(nn.Module):
+class _Coupling(Invertible):
     """Splits x in halves along dimension 1 and transforms one by parameters from the other.
 
     The first half is the larger where the number of channels is odd. The conditioner gives
@@ -37,21 +40,57 @@ class _Coupling(nn.Module):
         return self._couple(y, context, inverse=True)
 
     def _couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        kept, moved = self._split(x)
+        raw = self._condition(kept, moved, context)
+        moved, log_det = self._transform(moved, raw, inverse)
+        return self._join(kept, moved), log_det
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The half that is kept and the half that is moved."""
         if x.dim() < 2 or x.shape[1] < 2:
             raise ValueError(
                 f"x: expected (B, C, *spatial) with at least 2 channels, got {tuple(x.shape)}"
             )
         first, second = x.chunk(2, 1)
-        kept, moved = (second, first) if self.swap else (first, second)
+        return (second, first) if self.swap else (first, second)
+
+    def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
+        return torch.cat((moved, kept) if self.swap else (kept, moved), 1)
+
+    def _condition(self, kept: Tensor, moved: Tensor, context: Tensor | None = None) -> Tensor:
+        """The raw parameters of the moved half's transform."""
         raw = self.conditioner(kept) if context is None else self.conditioner(kept, context)
-        expected = (x.shape[0], self.numbers_each * moved.shape[1], *x.shape[2:])
+        expected = (moved.shape[0], self.numbers_each * moved.shape[1], *moved.shape[2:])
         if raw.shape != expected:
             raise ValueError(
                 f"conditioner: expected output of shape {expected}, got {tuple(raw.shape)}"
             )
-        moved, log_det = self._transform(moved, raw, inverse)
-        halves = (moved, kept) if self.swap else (kept, moved)
-        return torch.cat(halves, 1), log_det
+        return raw
+
+    def unwind(
+        self, y: Tensor, memory: Memory, cotangents: Cotangents, parameters: Sequence[Tensor]
+    ) -> Unwound:
+        grad_y, grad_log_det = cotangents
+        kept, moved = self._split(y)
+        kept = kept.detach().requires_grad_()
+        with torch.enable_grad():
+            raw = self._condition(kept, moved)
+        if memory:
+            (moved,) = memory
+        else:
+            moved, _ = self._transform(moved, raw.detach(), inverse=True)
+        moved = moved.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = self._transform(moved, raw, inverse=False)
+        grad_kept, grad_moved = self._split(grad_y)
+        through_raw, through_moved, *grads = pull_back(
+            outputs, (grad_moved, grad_log_det), (kept, moved, *parameters)
+        )
+        assert through_moved is not None
+        if through_raw is not None:
+            grad_kept = grad_kept + through_raw
+        x = self._join(kept.detach(), moved.detach())
+        return Unwound(x, self._join(grad_kept, through_moved), grads)
 
     def _transform(self, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -141,6 +180,11 @@ class RQSplineCoupling(_Coupling):
         super().__init__(conditioner, 3 * num_bins - 1, swap)
         self.num_bins = num_bins
         self.tail_bound = tail_bound
+
+    def remember(self, x: Tensor) -> tuple[Tensor, Tensor, Memory]:
+        """The moved half is kept: where a spline is nearly flat its inverse loses digits."""
+        _, moved = self._split(x)
+        return *self(x), (moved.clone(),)
 
     def _transform(self, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         bins = self.num_bins

@@ -74,6 +74,26 @@ def like(value: Any, name: str, other: Tensor, other_name: str) -> None:
         shape(value, name, other.shape, f"that of {other_name}")
 
 
+def alike(first: Any, *others: Any) -> bool:
+    """Whether all are floating tensors of one dtype, device and shape.
+
+    That is how ops whose arguments are alike are called, mostly: one look, where naming what is
+    wrong takes several.
+    """
+    if not isinstance(first, Tensor) or first.dtype not in FLOATS:
+        return False
+    dtype, device, shape = first.dtype, first.device, first.shape
+    for value in others:
+        if (
+            not isinstance(value, Tensor)
+            or value.dtype != dtype
+            or value.device != device
+            or value.shape != shape
+        ):
+            return False
+    return True
+
+
 def rank(value: Tensor, name: str, least: int, meaning: str, most: int | None = None) -> None:
     """Raises ValueError unless `value` has between `least` and `most` dimensions."""
     if value.dim() < least or (most is not None and value.dim() > most):

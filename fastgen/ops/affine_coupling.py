@@ -158,11 +158,12 @@ def _prepare(
     inverse: bool = False,
     scale_factor: float = 1.0,
 ) -> tuple:
-    x, raw_scale, shift = autocast_promote(x, raw_scale, shift)
-    _check.floating(x, "x")
+    if not _check.alike(x, raw_scale, shift):
+        x, raw_scale, shift = autocast_promote(x, raw_scale, shift)
+        _check.floating(x, "x")
+        for value, name in ((raw_scale, "raw_scale"), (shift, "shift")):
+            _check.like(value, name, x, "x")
     _check.rank(x, "x", 1, "at least one dimension, (B, ...)")
-    for value, name in ((raw_scale, "raw_scale"), (shift, "shift")):
-        _check.like(value, name, x, "x")
     _check.one_of(scale, "scale", SCALES)
     _check.positive(scale_factor, "scale_factor")
     return x, raw_scale, shift, scale, bool(inverse), float(scale_factor)

@@ -129,10 +129,11 @@ class Engine:
         if bad is None:
             return
         step = self.step - current.steps_done + bad
+        terms = ", ".join(current.bad_terms()) or "found in another process"
         saved = ckpt.list_checkpoints(self.run.checkpoints)
         last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         raise NonFiniteLossError(
-            f"the loss is NaN or infinite at step {step}; {last}; lower the learning rate"
+            f"the loss is NaN or infinite at step {step} ({terms}); {last}; lower the learning rate"
         )
 
     def _write_means(self, current: StageRun, bar: tqdm) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,27 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from fastgen.data import ImageDataset, load_images, resolve_data_root
+from fastgen.data import resolve_data_root
+from fastgen.metrics import (
+    extract_features,
+    frechet_distance,
+    precision_recall_density_coverage,
+)
 from fastgen.training.checkpoint import load_newest, write_atomic
 from fastgen.training.engine import Engine, load_weights, make_accelerator
 from fastgen.training.errors import RunError
-from fastgen.training.options import config_from_dict, config_to_dict, find_recipe
+from fastgen.training.options import (
+    config_from_dict,
+    config_to_dict,
+    find_recipe,
+    parse_train_options,
+)
 from fastgen.training.rng import seed_all
 from fastgen.training.run_folder import RunFolder
 from fastgen.training.tasks.base import Task
+from fastgen.training.tasks.classifier import ClassifierTask
+
+_SAMPLED_AT_ONCE = 500
 
 
 def start_run(recipe: str, config: Any, run_dir: Path | None = None) -> RunFolder:
@@ -35,7 +49,7 @@ def start_run(recipe: str, config: Any, run_dir: Path | None = None) -> RunFolde
     """
     root = resolve_data_root(config.data_root)
     config = dataclasses.replace(config, data_root=None if root is None else str(root))
-    task = _build(recipe, config, load_images(config.data, root))
+    task = _build(recipe, config, find_recipe(recipe).load(config.data, root))
     accelerator = _accelerator(config)
     path = _create(run_dir or _default_path(recipe, config.data), recipe, config, accelerator)
     run = RunFolder.open(path)
@@ -62,16 +76,16 @@ def resume_run(path: Path, data_root: str | None = None, expected: str | None = 
     return run
 
 
-def load_run(path: Path, data_root: str | None = None) -> Task:
+def load_run(path: Path, data_root: str | None = None, overrides: Sequence[str] = ()) -> Task:
     """The task of a run in eval mode, with the weights of its newest sound checkpoint.
 
-    Averaged weights are taken where the checkpoint has them.
+    Averaged weights are taken where the checkpoint has them; `overrides` are as for `evaluate_run`.
 
     Raises:
         DataError, RunError, CheckpointError: what is missing or damaged.
     """
     run = RunFolder.open(path)
-    _, config, task = _from_run(run, data_root)
+    _, config, task = _from_run(run, data_root, overrides)
     checkpoint, sections, problems = load_newest(run.checkpoints)
     for problem in problems.values():
         print(f"warning: {problem}; using {checkpoint.name}")
@@ -97,7 +111,7 @@ def sample_run(
         RunError: numbers out of range, and as `load_run`.
     """
     task = load_run(path, data_root)
-    device = next(next(iter(task.modules.values())).parameters()).device
+    device = _device(task)
     generator = torch.Generator(device).manual_seed(seed)
     labels = None if label is None else torch.full((num,), label, device=device)
     try:
@@ -109,13 +123,32 @@ def sample_run(
         raise RunError(str(error)) from error
 
 
-def evaluate_run(path: Path, data_root: str | None = None) -> dict[str, dict[str, float]]:
+def evaluate_run(
+    path: Path,
+    data_root: str | None = None,
+    *,
+    features: Path | None = None,
+    num: int = 10_000,
+    overrides: Sequence[str] = (),
+) -> dict[str, dict[str, float]]:
     """Measure a run's model on the held-out splits: split -> measure -> value; writes eval.json.
+
+    Args:
+        path: the run folder.
+        data_root: where the data is now, if it moved.
+        features: a run of recipe `classifier`, by whose features samples are compared with the
+            images of its test split.
+        num: how many samples to draw for that.
+        overrides: options of the recipe in the place of the run's, as "--evaluation.samples=5000".
 
     Raises:
         RunError: as `load_run`, or eval.json cannot be written.
     """
-    measures = load_run(path, data_root).evaluate()
+    task = load_run(path, data_root, overrides)
+    measures = task.evaluate()
+    if features is not None:
+        quality = sample_quality(task, load_run(features, data_root), num)
+        measures["test"] = measures.get("test", {}) | quality
     try:
         write_atomic(path / "eval.json", json.dumps(measures, indent=1).encode())
     except OSError as error:
@@ -123,13 +156,49 @@ def evaluate_run(path: Path, data_root: str | None = None) -> dict[str, dict[str
     return measures
 
 
-def _from_run(run: RunFolder, data_root: str | None) -> tuple[str, Any, Task]:
+def sample_quality(task: Task, judge: Task, num: int, seed: int = 0) -> dict[str, float]:
+    """Frechet distance, precision, recall, density and coverage of `num` samples against the test
+    images that a classifier was held out, by its features.
+
+    Raises:
+        RunError: the judge is no classifier, or its images are of another shape.
+    """
+    if not isinstance(judge, ClassifierTask):
+        raise RunError("the features must be those of a run of recipe 'classifier'")
+    generator = torch.Generator(_device(task)).manual_seed(seed)
+    try:
+        with torch.no_grad():
+            parts = [
+                task.sample(len(part), labels=None, temperature=1.0, generator=generator).cpu()
+                for part in torch.arange(num).split(_SAMPLED_AT_ONCE)
+            ]
+        fake, real = (
+            extract_features(judge.model.features, images, device=_device(judge))
+            for images in (torch.cat(parts).clamp(0, 1), judge.dataset.test.images)
+        )
+        prdc = precision_recall_density_coverage(real, fake)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    return {"frechet_distance": frechet_distance(real, fake), **prdc._asdict()}
+
+
+def _device(task: Task) -> torch.device:
+    return next(next(iter(task.modules.values())).parameters()).device
+
+
+def _from_run(
+    run: RunFolder, data_root: str | None, overrides: Sequence[str] = ()
+) -> tuple[str, Any, Task]:
     recipe, config = config_from_dict(run.read_config())
-    dataset = load_images(config.data, resolve_data_root(data_root or config.data_root))
+    if overrides:
+        arguments = ["--config", str(run.config_path), *overrides]
+        config = parse_train_options(recipe, arguments).config
+    root = resolve_data_root(data_root or config.data_root)
+    dataset = find_recipe(recipe).load(config.data, root)
     return recipe, config, _build(recipe, config, dataset)
 
 
-def _build(recipe: str, config: Any, dataset: ImageDataset) -> Task:
+def _build(recipe: str, config: Any, dataset: Any) -> Task:
     seed_all(config.engine.seed)
     try:
         task = find_recipe(recipe).task(config, dataset)
@@ -140,11 +209,11 @@ def _build(recipe: str, config: Any, dataset: ImageDataset) -> Task:
     return task
 
 
-def _check_sizes(name: str, stage: Any, images: int, accumulate: int) -> None:
+def _check_sizes(name: str, stage: Any, samples: int, accumulate: int) -> None:
     if stage.steps < 0:
         raise ValueError(f"{name}.steps must not be negative, got {stage.steps}")
-    if not 1 <= stage.batch_size <= images:
-        raise ValueError(f"{name}.batch_size must be in [1, {images}], got {stage.batch_size}")
+    if not 1 <= stage.batch_size <= samples:
+        raise ValueError(f"{name}.batch_size must be in [1, {samples}], got {stage.batch_size}")
     if stage.batch_size % accumulate:
         raise ValueError(
             f"{name}.batch_size must be a multiple of engine.accumulate, "

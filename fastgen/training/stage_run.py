@@ -64,6 +64,7 @@ class StageRun:
     def step(self) -> None:
         """One optimiser step of every phase, on one batch."""
         batch = self.loader.next_batch()
+        self.stage.steps_done = self.steps_done
         logs: dict[str, Tensor] = {}
         for phase in self.optimizers:
             for name, value in self._phase(phase, batch).items():
@@ -114,6 +115,10 @@ class StageRun:
         """The first step of this stage whose loss was not finite on any process, or None."""
         steps = self.accelerator.gather(self._bad_step[None])
         return min((int(step) for step in steps if step >= 0), default=None)
+
+    def bad_terms(self) -> list[str]:
+        """Which tensors that the losses logged in this interval, here, are not finite."""
+        return [name for name, value in self._sums.items() if not value.isfinite().all()]
 
     def take_means(self) -> tuple[dict[str, Tensor], int]:
         """Means of what the losses logged since the last call, over all processes; the steps."""

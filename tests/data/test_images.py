@@ -1,6 +1,8 @@
 import gzip
 import os
+import shutil
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import torch
 from fastgen.data import DataError, load_images
 
 ROOT = os.environ.get("FASTGEN_DATA")
+SPLITS = ("train", "valid", "test")
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes()))
+    raw = header + array.tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
 
 
 @pytest.fixture
@@ -51,15 +55,190 @@ def test_mnist_layout(mnist_like):
     torch.testing.assert_close(mnist.train.images[4, 0], torch.from_numpy(raw[4]) / 255)
 
 
+def test_idx_files_may_be_unpacked(mnist_like):
+    packed = load_images("mnist", mnist_like)
+    for path in (mnist_like / "mnist").iterdir():
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    unpacked = load_images("mnist", mnist_like)
+    assert torch.equal(packed.train.images, unpacked.train.images)
+    assert torch.equal(packed.test.labels, unpacked.test.labels)
+
+
+def cifar_rows(count: int, seed: int) -> np.ndarray:
+    """Rows of the binary version: a label, then red, green and blue planes."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, 256, (count, 3073), dtype=np.uint8)
+    rows[:, 0] %= 10
+    return rows
+
+
+@pytest.fixture
+def cifar_like(tmp_path: Path) -> Path:
+    folder = tmp_path / "cifar10" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    for i in range(1, 6):
+        (folder / f"data_batch_{i}.bin").write_bytes(cifar_rows(1002, i).tobytes())
+    (folder / "test_batch.bin").write_bytes(cifar_rows(3, 9).tobytes())
+    return tmp_path
+
+
+def packed_cifar(root: Path) -> Path:
+    """The archive in the place of its folder."""
+    folder = root / "cifar10" / "cifar-10-batches-bin"
+    archive = root / "cifar10" / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    shutil.rmtree(folder)
+    return archive
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar10_binary(cifar_like, packed):
+    if packed:
+        packed_cifar(cifar_like)
+    cifar = load_images("cifar10", cifar_like)
+    assert cifar.image_shape == (3, 32, 32) and cifar.num_classes == 10
+    assert [len(s) for s in (cifar.train, cifar.valid, cifar.test)] == [10, 5000, 3]
+    second = cifar_rows(1002, 2)
+    torch.testing.assert_close(
+        cifar.valid.images[1002 - 10, 2, 0, :3].mul(255), torch.tensor(second[0, 2049:2052]).float()
+    )
+    assert cifar.valid.labels[1002 - 10] == second[0, 0]
+
+
+@pytest.mark.parametrize("damage", ["short", "missing", "not tar"])
+def test_damaged_cifar10(cifar_like, damage):
+    batch = cifar_like / "cifar10/cifar-10-batches-bin/data_batch_3.bin"
+    if damage == "short":
+        batch.write_bytes(batch.read_bytes()[:-1])
+    elif damage == "missing":
+        batch.unlink()
+    else:
+        packed_cifar(cifar_like).write_bytes(b"hello")
+    with pytest.raises(DataError, match="cannot be read .*fetch it again"):
+        load_images("cifar10", cifar_like)
+
+
+def write_amat(root: Path, split: str, bits: np.ndarray) -> bytes:
+    path = root / f"binarized_mnist/binarized_mnist_{split}.amat"
+    path.parent.mkdir(exist_ok=True)
+    text = b"".join(b" ".join(b"%d" % bit for bit in row) + b" \n" for row in bits)
+    path.write_bytes(text)
+    return text
+
+
+def test_binarized_mnist_as_text_or_packed(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = {s: rng.integers(0, 2, (n, 784), np.uint8) for n, s in enumerate(SPLITS, 2)}
+    for split, bits in rows.items():
+        write_amat(tmp_path, split, bits)
+    text = load_images("binarized-mnist", tmp_path)
+    np.savez(
+        tmp_path / "binarized_mnist.npz", **{s: np.packbits(b, axis=1) for s, b in rows.items()}
+    )
+    packed = load_images("binarized-mnist", tmp_path)
+    for split, bits in rows.items():
+        images = getattr(text, split).images
+        assert images.shape == (len(bits), 1, 28, 28)
+        assert np.array_equal(images.flatten(1).numpy(), bits)
+        assert torch.equal(images, getattr(packed, split).images)
+
+
+@pytest.mark.parametrize("text", [b"", b"0 1 1", b"2 " * 784, b"0.0 " * 784])
+def test_bad_binarized_text(tmp_path, text):
+    for split in SPLITS:
+        write_amat(tmp_path, split, np.zeros((2, 784), np.uint8))
+    (tmp_path / "binarized_mnist/binarized_mnist_valid.amat").write_bytes(text)
+    with pytest.raises(DataError, match="valid.amat cannot be read .*rows of 784 zeros and ones"):
+        load_images("binarized-mnist", tmp_path)
+
+
+def write_png(path: Path, array: np.ndarray) -> None:
+    image = pytest.importorskip("PIL.Image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.fromarray(array).save(path)
+
+
+def test_a_folder_of_images_in_classes(tmp_path):
+    for i in range(30):
+        folder = "cat" if i % 2 else "ant"
+        write_png(tmp_path / f"pets/{folder}/{i:02}.png", np.full((4, 6), i, np.uint8))
+    dataset = load_images("pets", tmp_path)
+    assert dataset.image_shape == (1, 4, 6) and dataset.num_classes == 2
+    assert [len(s) for s in (dataset.train, dataset.valid, dataset.test)] == [24, 3, 3]
+    seen = []
+    for split in (dataset.train, dataset.valid, dataset.test):
+        values = split.images[:, 0, 1, 2].mul(255).round().long()
+        assert torch.equal(split.labels, values % 2)
+        seen += values.tolist()
+    assert sorted(seen) == list(range(30))
+    assert load_images(str(tmp_path / "pets")).num_classes == 2
+
+
+def test_a_folder_with_splits_grey_and_colour(tmp_path):
+    colour = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    for split, count in zip(SPLITS, (3, 2, 1), strict=True):
+        for i in range(count):
+            write_png(tmp_path / f"things/{split}/{i}.png", colour)
+    write_png(tmp_path / "things/train/9.png", np.full((4, 4), 77, np.uint8))
+    dataset = load_images("things", tmp_path)
+    assert [len(s) for s in (dataset.train, dataset.valid, dataset.test)] == [4, 2, 1]
+    assert dataset.num_classes is None
+    with pytest.raises(DataError, match="must be non-empty and alike"):
+        shutil.rmtree(tmp_path / "things/train")
+        write_png(tmp_path / "things/train/9.png", np.full((4, 4), 77, np.uint8))
+        load_images("things", tmp_path)
+
+
+def test_grey_images_among_colours_become_colours(tmp_path):
+    colour = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    for i in range(20):
+        write_png(tmp_path / f"x/{i}.png", colour if i else colour[..., 0])
+    dataset = load_images("x", tmp_path)
+    images = torch.cat([dataset.train.images, dataset.valid.images, dataset.test.images])
+    expected = torch.from_numpy(colour).permute(2, 0, 1).float() / 255
+    same = (images == expected).all((1, 2, 3)), (images == expected[:1]).all((1, 2, 3))
+    assert [int(s.sum()) for s in same] == [19, 1]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no images"),
+        ({"a.png": (4, 4), "b.png": (4, 5)}, "b.png is 5x4, .*a.png is 4x4; bring all"),
+        ({"a.png": (4, 4), "cat/b.png": (4, 4)}, "both in subfolders"),
+        ({"a.png": None}, "a.png cannot be read as an image"),
+        ({"a.png": np.uint16}, "a.png has more than 8 bits"),
+    ],
+)
+def test_bad_folders(tmp_path, files, message):
+    (tmp_path / "pets").mkdir()
+    for name, shape in files.items():
+        path = tmp_path / "pets" / name
+        if shape is None:
+            path.write_bytes(b"\x89PNG but no more")
+        elif shape is np.uint16:
+            write_png(path, np.full((4, 4), 500, np.uint16))
+        else:
+            write_png(path, np.zeros(shape, np.uint8))
+    with pytest.raises(DataError, match=message):
+        load_images("pets", tmp_path)
+
+
 def test_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTGEN_DATA", raising=False)
-    with pytest.raises(DataError, match="train-images-idx3-ubyte.gz not found in .*--data-root"):
+    with pytest.raises(DataError, match="train-images-idx3-ubyte.gz or .* not found .*--data-root"):
         load_images("mnist", tmp_path)
     with pytest.raises(
         DataError, match="no data folder is set; give --data-root DIR or FASTGEN_DATA"
     ):
         load_images("mnist")
-    with pytest.raises(DataError, match="not known; known: digits, mnist"):
+    with pytest.raises(DataError, match="fastgen download mnist fetches it .https://"):
+        load_images("mnist", tmp_path)
+    with pytest.raises(DataError, match="cifar-10-binary.tar.gz or .* not found.*download cifar10"):
+        load_images("cifar10", tmp_path)
+    with pytest.raises(DataError, match="not known; known: digits, mnist.* or a folder of images"):
         load_images("nope")
 
 

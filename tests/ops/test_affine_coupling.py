@@ -163,24 +163,3 @@ def test_rows_of_every_length_in_every_layout(name, scale, isa):
             for strided, dense, exact in zip(*outcomes, strict=True):
                 assert torch.equal(strided, dense), size
                 torch.testing.assert_close(dense.double(), exact, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.skipif(
-    "cpu" not in backends_here("affine_coupling"), reason="how the CPU kernels store"
-)
-@pytest.mark.parametrize("inverse", (False, True))
-@pytest.mark.parametrize("size", (1024, 1030))
-def test_results_stored_past_the_caches(size, inverse):
-    """48 MiB and more, aligned and not: the bits of the rows a few at a time."""
-    tensors = sample(4096, size, dtype=torch.float32)
-    assert 4 * tensors[0].nbytes >= 48 << 20
-    cotangents = torch.randn(4096, size), torch.randn(4096)
-
-    def outcome(rows):
-        leaves = [t[rows].clone().requires_grad_() for t in tensors]
-        results = ops.affine_coupling(*leaves, inverse=inverse, backend="cpu")
-        return *results, *torch.autograd.grad(results, leaves, [t[rows] for t in cotangents])
-
-    parts = [outcome(slice(i, i + 512)) for i in range(0, 4096, 512)]
-    for whole, of_parts in zip(outcome(slice(None)), zip(*parts, strict=True), strict=True):
-        assert torch.equal(whole, torch.cat(of_parts))

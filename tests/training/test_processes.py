@@ -31,6 +31,32 @@ def train(processes: int, folder, *options: str) -> dict:
     return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
 
 
+FLOW_OPTIONS = [
+    "--data=moons",
+    "--model.layers=4",
+    "--model.hidden=16",
+    "--model.reversible=true",
+    "--flow.steps=8",
+    "--flow.batch_size=64",
+    "--engine.cpu=true",
+    "--engine.accumulate=2",
+]
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_reversible_flow_as_one_does(tmp_path):
+    """The chain's gradients come from one node of the graph, and are summed over processes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole = train(1, one, "realnvp", *FLOW_OPTIONS, f"--run_dir={one}")
+    halves = train(2, two, "realnvp", *FLOW_OPTIONS, f"--run_dir={two}")
+    start = tmp_path / "start"
+    first = train(1, start, "realnvp", *FLOW_OPTIONS, "--flow.steps=1", f"--run_dir={start}")
+    for name, value in whole["model"]["flow"].items():
+        torch.testing.assert_close(halves["model"]["flow"][name], value, rtol=1e-3, atol=1e-5)
+        if "weight" in name:
+            assert (value - first["model"]["flow"][name]).abs().max() > 1e-4, name
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"

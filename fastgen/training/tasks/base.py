@@ -32,11 +32,13 @@ class Stage(ABC):
         name: in logs and file names.
         config: length, batch size, optimiser.
         modules: the modules trained here, keys of the task's own.
+        steps_done: steps before the current one; the engine keeps it.
     """
 
     name: str
     config: StageConfig
     modules: dict[str, nn.Module]
+    steps_done: int = 0
 
     @abstractmethod
     def train_tensors(self) -> dict[str, Tensor | None]:

@@ -1,0 +1,128 @@
+"""What a data set is: three splits of images in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SPLIT_SEED = 20260101
+
+
+class DataError(ValueError):
+    """The data asked for is missing or not what it should be; the message says what to do."""
+
+
+@dataclass
+class ImageSplit:
+    """Images (N, C, H, W), float32 in [0, 1], and labels (N,), int64, or None."""
+
+    images: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass
+class ImageDataset:
+    """The three splits of one data set; `num_classes` is None without labels."""
+
+    name: str
+    train: ImageSplit
+    valid: ImageSplit
+    test: ImageSplit
+    num_classes: int | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+def make_dataset(name: str, splits: list[ImageSplit]) -> ImageDataset:
+    """Train, validation and test as one data set.
+
+    Raises:
+        DataError: a split is empty, of another image size, or has not as many labels as images.
+    """
+    shapes = {tuple(split.images.shape[1:]) for split in splits}
+    if len(shapes) > 1 or any(len(split) == 0 for split in splits):
+        sizes = [tuple(split.images.shape) for split in splits]
+        raise DataError(f"data set {name!r}: its splits must be non-empty and alike, got {sizes}")
+    for split in splits:
+        _check_labels(name, split)
+    labels = [split.labels for split in splits if split.labels is not None]
+    num_classes = int(torch.cat(labels).max()) + 1 if len(labels) == len(splits) else None
+    train, valid, test = splits
+    return ImageDataset(name, train, valid, test, num_classes)
+
+
+def split_by_permutation(name: str, images: Tensor, labels: Tensor | None) -> ImageDataset:
+    """80 / 10 / 10 % of a fixed shuffle.
+
+    Raises:
+        DataError: as `make_dataset`.
+    """
+    _check_labels(name, ImageSplit(images, labels))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    held_out = len(images) // 10
+    parts = order.split([len(images) - 2 * held_out, held_out, held_out])
+    splits = [ImageSplit(images[part], None if labels is None else labels[part]) for part in parts]
+    return make_dataset(name, splits)
+
+
+def hold_out_last(name: str, train: ImageSplit, test: ImageSplit, count: int) -> ImageDataset:
+    """The last `count` training images become the validation split.
+
+    Raises:
+        DataError: as `make_dataset`.
+    """
+    kept = max(len(train) - count, 0)
+    first, last = (
+        ImageSplit(train.images[rows], None if train.labels is None else train.labels[rows])
+        for rows in (slice(kept), slice(kept, None))
+    )
+    return make_dataset(name, [first, last, test])
+
+
+def to_unit_nchw(array: np.ndarray, source: object) -> Tensor:
+    """uint8 or float images, channels first, last or none -> float32 (N, C, H, W) in [0, 1].
+
+    Raises:
+        DataError: another shape or dtype, or floats outside [0, 1].
+    """
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[-1] in (1, 3):
+        array = array.transpose(0, 3, 1, 2)
+    if array.ndim != 4 or array.shape[1] not in (1, 3):
+        raise DataError(
+            f"{source}: expected images (N, H, W), (N, H, W, C) or (N, C, H, W), not {array.shape}"
+        )
+    if array.dtype == np.uint8:
+        return torch.from_numpy(array.astype(np.float32, order="C")).div_(255)
+    if array.dtype.kind != "f" or (array.size and not (array.min() >= 0 and array.max() <= 1)):
+        raise DataError(f"{source}: expected uint8 images, or floats in [0, 1], not {array.dtype}")
+    return torch.from_numpy(array.astype(np.float32, order="C"))
+
+
+def to_labels(array: np.ndarray, source: object) -> Tensor:
+    """Non-negative integers (N,) -> int64.
+
+    Raises:
+        DataError: anything else.
+    """
+    if array.ndim != 1 or array.dtype.kind not in "iu" or (array.size and array.min() < 0):
+        raise DataError(
+            f"{source} must be non-negative integers of shape (N,), not {array.dtype} {array.shape}"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _check_labels(name: str, split: ImageSplit) -> None:
+    if split.labels is not None and len(split.labels) != len(split):
+        raise DataError(f"data set {name!r}: {len(split)} images, {len(split.labels)} labels")
