@@ -158,12 +158,14 @@ def _prepare(
     inverse: bool = False,
     scale_factor: float = 1.0,
 ) -> tuple:
-    if not _check.alike(x, raw_scale, shift):
+    alike = _check.alike(x, raw_scale, shift)
+    if not alike:
         x, raw_scale, shift = autocast_promote(x, raw_scale, shift)
         _check.floating(x, "x")
+    _check.rank(x, "x", 1, "at least one dimension, (B, ...)")
+    if not alike:
         for value, name in ((raw_scale, "raw_scale"), (shift, "shift")):
             _check.like(value, name, x, "x")
-    _check.rank(x, "x", 1, "at least one dimension, (B, ...)")
     _check.one_of(scale, "scale", SCALES)
     _check.positive(scale_factor, "scale_factor")
     return x, raw_scale, shift, scale, bool(inverse), float(scale_factor)

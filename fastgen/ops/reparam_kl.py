@@ -167,13 +167,15 @@ def _prepare(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple:
-    if not _check.alike(mu, logvar, mu if noise is None else noise):
+    alike = _check.alike(mu, logvar, mu if noise is None else noise)
+    if not alike:
         mu, logvar, noise = autocast_promote(mu, logvar, noise)
         _check.floating(mu, "mu")
+    _check.rank(mu, "mu", 1, "at least one dimension, (B, ...)")
+    if not alike:
         _check.like(logvar, "logvar", mu, "mu")
         if noise is not None:
             _check.like(noise, "noise", mu, "mu")
-    _check.rank(mu, "mu", 1, "at least one dimension, (B, ...)")
     if (noise is not None) + (key is not None) + (generator is not None) > 1:
         raise ValueError("noise: expected at most one of noise, key and generator, got several")
     if key is not None:

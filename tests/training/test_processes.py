@@ -38,6 +38,7 @@ FLOW_OPTIONS = [
     "--model.reversible=true",
     "--flow.steps=8",
     "--flow.batch_size=64",
+    "--flow.optimizer.warmup_steps=2",
     "--engine.cpu=true",
     "--engine.accumulate=2",
 ]
