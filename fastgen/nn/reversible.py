@@ -165,7 +165,8 @@ def _run(x: Tensor, steps: Iterable[Callable[[Tensor], Any]]) -> tuple[Tensor, T
     return x, total
 
 
-@torch.compiler.disable
+# torch.compiler.disable would import Dynamo, and Triton with it, as soon as fastgen is imported.
+@torch._disable_dynamo
 def _apply_reversible(chain: InvertibleChain, x: Tensor, *parameters: Tensor) -> Any:
     return _Reversible.apply(chain, x, *parameters)
 
