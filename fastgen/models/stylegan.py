@@ -122,7 +122,8 @@ class StyleGANGenerator(nn.Module):
         self.latent_dim = latent_dim
         widths = [channels_at(i, channel_base, channel_max) for i in range(self.top + 1)]
         self.mapping = Mapping(latent_dim, mapping_layers, mapping_lr)
-        self.constant = nn.Parameter(torch.ones(1, widths[0], 4, 4))
+        # the paper starts from ones: planes without variance, of which AdaIN makes rounding errors
+        self.constant = nn.Parameter(torch.randn(1, widths[0], 4, 4))
         self.blocks = nn.ModuleList(
             SynthesisBlock(below, width, latent_dim, first=i == 0)
             for i, (below, width) in enumerate(zip([0, *widths], widths, strict=False))
