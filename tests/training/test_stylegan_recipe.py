@@ -121,6 +121,8 @@ def test_a_fade_goes_on_exactly_after_a_kill(tmp_path, monkeypatch, stop):
     monkeypatch.setattr(StageRun, "step", step)
     if stop == 12:
         assert 0 < taken[-1] < 1
+        saved = ckpt.load_checkpoint(tmp_path / "killed" / "checkpoints" / "step-00000010")
+        assert saved["averages"].keys() == {"generator"}
         half = load_run(tmp_path / "killed").generator
         assert half.growth[0] == 1 and 0 < half.growth[1] < 1
     killed = resume_run(tmp_path / "killed")

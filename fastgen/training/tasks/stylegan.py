@@ -69,7 +69,8 @@ class ObjectiveConfig:
 
     Args:
         loss: non-saturating with the R1 penalty, or Wasserstein with the gradient penalty.
-        gamma: weight of R1.
+        gamma: weight of R1; the paper's 10 is for sides of 1024. The fewer pixels show a difference,
+            the steeper is a discriminator that sees it.
         penalty: weight of the gradient penalty.
         drift: weight of squared scores, which keeps Wasserstein scores near 0.
         penalty_every: steps between penalties, then so many times their weight.
@@ -78,7 +79,7 @@ class ObjectiveConfig:
     """
 
     loss: Literal["nonsaturating-r1", "wgan-gp"] = "nonsaturating-r1"
-    gamma: float = 10.0
+    gamma: float = 1.0
     penalty: float = 10.0
     drift: float = 1e-3
     penalty_every: int = 1
@@ -157,6 +158,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.channel_base": 256,
         "growth.start": 4,
         "growth.steps": [500, 1500],
+        "engine.ema_decay": 0.98,
     },
     "cifar10": {
         "model.channel_base": 1024,
