@@ -84,11 +84,16 @@ def test_pictures_and_evaluation(run):
     assert sample_run(run.path, 3).shape == (3, 1, 8, 8)
 
 
-@pytest.mark.parametrize("loss", ["nonsaturating-r1", "wgan-gp"])
-def test_thirty_steps_are_the_same_with_the_references(tmp_path, loss):
-    """The same seed gives the same keys: noise, data and weights are the same."""
+@pytest.mark.parametrize(("loss", "rate"), [("nonsaturating-r1", 1e-3), ("wgan-gp", 3e-4)])
+def test_thirty_steps_are_the_same_with_the_references(tmp_path, loss, rate):
+    """The same seed gives the same keys: noise, data and weights are the same.
+
+    Adam without momentum moves a weight by the whole rate wherever rounding turns the sign of its
+    gradient, and the Wasserstein loss has more of those near zero.
+    """
     torch.set_num_threads(1)
-    config = tiny("[10,20]", f"--objective.loss={loss}", "--objective.mirror=true")
+    arguments = [f"--objective.loss={loss}", "--objective.mirror=true", f"--optimizer.lr={rate}"]
+    config = tiny("[10,20]", *arguments)
     terms = []
     for backend in (None, "reference"):
         with fastgen.use_backend(backend):

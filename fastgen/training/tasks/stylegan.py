@@ -69,8 +69,8 @@ class ObjectiveConfig:
 
     Args:
         loss: non-saturating with the R1 penalty, or Wasserstein with the gradient penalty.
-        gamma: weight of R1; the paper's 10 is for sides of 1024. The fewer pixels show a difference,
-            the steeper is a discriminator that sees it.
+        gamma: weight of R1; the paper's 10 is for sides of 1024. The fewer pixels show a
+            difference, the steeper is a discriminator that sees it.
         penalty: weight of the gradient penalty.
         drift: weight of squared scores, which keeps Wasserstein scores near 0.
         penalty_every: steps between penalties, then so many times their weight.
