@@ -1,8 +1,7 @@
 """StyleGAN: a step of both networks together on grey images, with and without R1.
 
-The discriminator's gradients by the generator's loss and the other way round are part of the step:
-one loss trains both, as the sum of the two, with fakes of which only the generator's part keeps the
-graph. R1's second order keeps torch.compile away.
+The losses of both networks are added, the discriminator's on fakes cut off from the generator; in
+the recipe they are two phases. R1 is of second order, which torch.compile does not have.
 """
 
 from __future__ import annotations
