@@ -56,9 +56,11 @@ class StageRun:
         if self.config.ema_decay is None:
             return {}
         average = get_ema_multi_avg_fn(self.config.ema_decay)
+        wanted = self.stage.averaged
         return {
             name: AveragedModel(module, multi_avg_fn=average)
             for name, module in self.stage.modules.items()
+            if wanted is None or name in wanted
         }
 
     def step(self) -> None:

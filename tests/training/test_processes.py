@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ OPTIONS = [
 ]
 
 
-def train(processes: int, folder, *options: str) -> dict:
+def train(processes: int, folder, *options: str, program=("-m", "fastgen.cli")) -> dict:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launch, "-m", "fastgen.cli", "train", *options]
+    command = [sys.executable, *launch, *program, "train", *options]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -81,3 +82,33 @@ def test_two_processes_equal_one(tmp_path):
     for module in ("autoencoder", "prior"):
         for name, value in halves["model"][module].items():
             assert torch.equal(again["model"][module][name], value), name
+
+
+STYLEGAN_OPTIONS = [
+    "--data=digits",
+    "--model.channel_base=64",
+    "--model.channel_max=8",
+    "--model.latent_dim=8",
+    "--growth.steps=[3,6]",
+    "--growth.batch_size=[16]",
+    "--objective.penalty_every=2",
+    "--engine.cpu=true",
+    "--engine.checkpoint_every=3",
+    "--engine.log_every=1",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["nonsaturating-r1", "wgan-gp"])
+def test_two_processes_train_a_stylegan_alike(tmp_path, loss):
+    """Each draws latents of its own, so that no single process trains as they do; but both have the
+    same weights after every step, with and without a penalty."""
+    folder = tmp_path / "two"
+    options = [*STYLEGAN_OPTIONS, f"--objective.loss={loss}", f"--run_dir={folder}"]
+    program = (str(Path(__file__).with_name("ranks_agree.py")),)
+    sections = train(2, folder, "stylegan", *options, program=program)
+    for state in sections["model"].values():
+        assert all(value.isfinite().all() for value in state.values())
+    assert sections["progress"]["steps_done"] == 6
+    first, second = sections["rng"]["torch"]
+    assert not torch.equal(first, second)

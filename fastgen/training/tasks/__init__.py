@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen.data import load_images
-from fastgen.training.tasks import classifier, realnvp, vae, vqvae
+from fastgen.training.tasks import classifier, realnvp, stylegan, vae, vqvae
 from fastgen.training.tasks.base import Task
 
 
@@ -35,6 +35,7 @@ RECIPES = {
     "realnvp": Recipe(
         realnvp.RealNVPConfig, realnvp.RealNVPTask, realnvp.PRESETS, realnvp.load_data
     ),
+    "stylegan": Recipe(stylegan.StyleGANConfig, stylegan.StyleGANTask, stylegan.PRESETS),
     "vae": Recipe(vae.VAEConfig, vae.VAETask, vae.PRESETS),
     "vqvae": Recipe(vqvae.VQVAEConfig, vqvae.VQVAETask, vqvae.PRESETS),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +32,14 @@ class Stage(ABC):
         name: in logs and file names.
         config: length, batch size, optimiser.
         modules: the modules trained here, keys of the task's own.
+        averaged: names of those whose weights `engine.ema_decay` averages; None for all.
         steps_done: steps before the current one; the engine keeps it.
     """
 
     name: str
     config: StageConfig
     modules: dict[str, nn.Module]
+    averaged: Collection[str] | None = None
     steps_done: int = 0
 
     @abstractmethod
