@@ -55,14 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         exit status: 0, 1 (the training failed), 2 (a bad request) or 130 (interrupted).
     """
-    if arguments is None:
-        # The process is this command's alone.
-        keep_freed_memory()
-        arguments = sys.argv[1:]
+    arguments = command_line(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else 2
-    return run_command(_dispatch, list(arguments))
+    return run_command(_dispatch, arguments)
+
+
+def command_line(arguments: Sequence[str] | None) -> list[str]:
+    """What to run; None for the arguments of the process, whose memory is then the command's."""
+    if arguments is not None:
+        return list(arguments)
+    keep_freed_memory()
+    return sys.argv[1:]
 
 
 def run_command(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

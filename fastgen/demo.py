@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fastgen
-from fastgen.cli import CommandParser, needs_training, run_command
-from fastgen.memory import keep_freed_memory
+from fastgen.cli import CommandParser, command_line, needs_training, run_command
 
 _SHORT_STEPS = 300
 _TIMED_STEPS = 30
@@ -26,11 +25,7 @@ _WARM_UP_STEPS = 5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status is that of `fastgen train`."""
-    if arguments is None:
-        # The process is this command's alone.
-        keep_freed_memory()
-        arguments = sys.argv[1:]
-    return run_command(_demo, arguments)
+    return run_command(_demo, command_line(arguments))
 
 
 @needs_training
