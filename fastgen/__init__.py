@@ -2,8 +2,9 @@
 PyTorch."""
 
 from fastgen import backends, nn, ops
-from fastgen.backends import explain, use_backend
+from fastgen.backends import use_backend
+from fastgen.integrations import explain, patch, unpatch
 
-__all__ = ["backends", "explain", "nn", "ops", "use_backend"]
+__all__ = ["backends", "explain", "nn", "ops", "patch", "unpatch", "use_backend"]
 
 __version__ = "0.1.0"

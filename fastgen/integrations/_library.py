@@ -1,0 +1,162 @@
+"""What a file of this package says of the library that it covers, and whether the installed version
+still is what it was written against.
+
+A class is covered by a subclass of it, with the same attributes, parameters and buffers, whose
+methods call fused ops: an object changes over by taking that subclass as its ``__class__`` and back
+by taking its own, so its state, its hooks and every reference to it stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import logging
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Function", "Library", "Swap", "find", "fingerprint", "loaded", "names", "run_own_code"]
+
+_log = logging.getLogger("fastgen")
+
+
+def _always(module: nn.Module) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One class of a library and the subclass of it that runs on fused ops.
+
+    Attributes:
+        original: the library's class.
+        fused: its subclass. It adds no state and has no constructor of its own. Where a single call
+            needs the library's own code, its method ``own_code(*args, **kwargs)`` says why, or
+            returns None.
+        fingerprint: of the code that `fused` replaces or relies on; see :func:`fingerprint`.
+        relies_on: that code: classes and functions.
+        reason_against: why this object has to keep its own class for all calls, or None.
+    """
+
+    original: type[nn.Module]
+    fused: type[nn.Module]
+    fingerprint: str
+    relies_on: tuple[type | Callable, ...]
+    reason_against: Callable[[Any], str | None] = _always
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function of a library and the one that takes its place in all modules of the library.
+
+    The attributes are those of :class:`Swap`; a call that needs the library's own code makes
+    `fused` call `original`.
+    """
+
+    original: FunctionType
+    fused: Callable
+    fingerprint: str
+    relies_on: tuple[type | Callable, ...] = ()
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that is covered.
+
+    Attributes:
+        name: what :func:`fastgen.patch` calls it; the package to import, or a part of it.
+        distribution: its name in the package index.
+        tested: the versions that the swaps are tested with.
+        swaps: the classes covered.
+        functions: the functions covered.
+    """
+
+    name: str
+    distribution: str
+    tested: tuple[str, ...]
+    swaps: tuple[Swap, ...] = ()
+    functions: tuple[Function, ...] = ()
+
+    @property
+    def version(self) -> str:
+        return importlib.metadata.version(self.distribution)
+
+    @functools.cached_property
+    def changed(self) -> dict[Any, str]:
+        """Why a covered class or function of this version is left alone; without those that fit."""
+        if self.version.partition("+")[0] in self.tested:
+            return {}
+        differ = {
+            piece.original: f"its code in {self.distribution} {self.version} is not that of "
+            f"{self.tested[-1]}, which fastgen knows"
+            for piece in (*self.swaps, *self.functions)
+            if fingerprint(piece.original, *piece.relies_on) != piece.fingerprint
+        }
+        left = ", ".join(sorted(original.__qualname__ for original in differ))
+        warnings.warn(
+            f"fastgen is tested with {self.distribution} {', '.join(self.tested)}; this is "
+            f"{self.version}. "
+            + (
+                f"Left alone, as changed: {left}."
+                if left
+                else "The pieces it replaces are unchanged."
+            ),
+            stacklevel=4,
+        )
+        return differ
+
+
+def fingerprint(*pieces: type | Callable) -> str:
+    """A digest of the source of classes and functions, comments and all."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(textwrap.dedent(inspect.getsource(inspect.unwrap(piece))).encode())
+    return digest.hexdigest()[:16]
+
+
+#: The libraries covered, and the file of this package that covers each.
+_FILES = {
+    "torch.nn": "torch_nn",
+}
+
+
+def names() -> list[str]:
+    """What :func:`fastgen.patch` takes as a name."""
+    return sorted(_FILES)
+
+
+def find(name: str) -> Library:
+    """The library of that name.
+
+    Raises:
+        ValueError: none of that name is covered.
+        ModuleNotFoundError: it is, but it is not installed.
+    """
+    if name not in _FILES:
+        raise ValueError(f"target: expected a module or one of {', '.join(names())}; got {name!r}")
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        raise ModuleNotFoundError(f"target: {name!r} is not installed in this environment")
+    return importlib.import_module(f"fastgen.integrations.{_FILES[name]}").LIBRARY
+
+
+def loaded() -> Iterator[Library]:
+    """The libraries covered that are imported already: no object can be of another."""
+    for name in _FILES:
+        if name in sys.modules:
+            yield find(name)
+
+
+@functools.cache
+def run_own_code(name: str, reason: str) -> None:
+    """Says once in the log that calls of `name` run the library's own code, and why."""
+    _log.debug("%s: the library's own code: %s", name, reason)
