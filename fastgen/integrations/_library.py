@@ -126,6 +126,7 @@ def fingerprint(*pieces: type | Callable) -> str:
 
 #: The libraries covered, and the file of this package that covers each.
 _FILES = {
+    "diffusers": "diffusers",
     "torch.nn": "torch_nn",
 }
 
