@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-triton test-slow test-isa test-asan lint format bench wheel gpu-check clean
+.PHONY: help dev peers demo test test-triton test-slow test-isa test-asan lint format bench wheel gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,7 +51,11 @@ $(STAMPS)/built: $(STAMPS)/torch $(BUILD_INPUTS)
 demo: dev ## train a small model for a minute and draw samples
 	$(BIN)/python -m fastgen.demo $(ARGS)
 
-test: dev $(if $(ARGS),,test-triton) ## the fast suite; a kernel that should be there and is missing is an error
+peers: dev # what fastgen.patch() and the benchmarks meet; the tests that want one of them skip without it
+	@test -e $(STAMPS)/peers || { $(BIN)/python -m pip install -q 'fastgen[bench]' && touch $(STAMPS)/peers; } || \
+	  echo 'Not all of the libraries that fastgen works with could be installed: what needs them is skipped.' >&2
+
+test: dev peers $(if $(ARGS),,test-triton) ## the fast suite; a kernel that should be there and is missing is an error
 	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
 
 test-triton: dev ## the Triton kernels in Triton's interpreter, which needs no GPU
@@ -81,9 +85,7 @@ format: dev ## rewrite the sources in the project's style
 	$(BIN)/python -m ruff format .
 	clang-format -i $(CXX_SOURCES)
 
-bench: dev ## install what is compared with, run the benchmarks and draw them: make bench ARGS='adain --threads 1,2'
-	@test -e $(STAMPS)/peers || { $(BIN)/python -m pip install -q --no-build-isolation -e '.[bench]' && touch $(STAMPS)/peers; } || \
-	  echo 'Not everything to compare with could be installed; the benchmarks say what is missing.' >&2
+bench: dev peers ## install what is compared with, run the benchmarks and draw them: make bench ARGS='adain --threads 1,2'
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 wheel: dev ## build dist/fastgen-*.whl

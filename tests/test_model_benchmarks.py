@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from benchmarks import report  # noqa: E402
+from benchmarks.integrations import run as integrations  # noqa: E402
 from benchmarks.models import run  # noqa: E402
 from benchmarks.models.case import (  # noqa: E402
     STEP,
@@ -47,6 +48,10 @@ def missing(ours: Training) -> Training:
 
 def case(peers=None, **changes) -> ModelCase:
     return replace(ModelCase("toy", "2", small, peers or {}, compiled=False), **changes)
+
+
+def test_the_providers_that_make_sense():
+    assert [t.provider for t in run_model(case(ours=("fastgen",)), budget=0)] == ["fastgen"]
 
 
 def test_every_provider_once():
@@ -103,8 +108,8 @@ def test_all_start_from_the_same_weights():
 
 def test_the_table_is_kept_and_reported(tmp_path, monkeypatch, capsys):
     peers = {"torch": Peer(other, "torch", 1e-5), "nolib": Peer(missing, "nolib")}
-    monkeypatch.setattr(run, "MODELS", ["toy"])
-    monkeypatch.setattr(run, "cases_of", lambda model: [case(peers), case(size="3")])
+    monkeypatch.setattr(run, "models_in", lambda folder: ["toy"])
+    monkeypatch.setattr(run, "cases_of", lambda model, folder: [case(peers), case(size="3")])
     assert run.main(["toy", "--quick", "--filter", "2", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "x fastgen" in out and "not installed: nolib" in out
@@ -127,17 +132,34 @@ def test_bad_arguments(capsys):
         assert raised.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", run.MODELS)
-def test_cases_of_each_model(model):
-    cases = run.cases_of(model)
-    assert cases and len({case.size for case in cases}) == len(cases)
-    assert all(case.op == model for case in cases)
+def each_model(function):
+    models = [
+        (folder, model)
+        for folder in (run.FOLDER, integrations.FOLDER)
+        for model in run.models_in(folder)
+    ]
+    ids = [f"{folder.name}-{model}" for folder, model in models]
+    return pytest.mark.parametrize(("folder", "model"), models, ids=ids)(function)
+
+
+def cases(folder, model):
+    try:
+        return run.cases_of(model, folder)
+    except ImportError as error:
+        pytest.skip(f"{error.name} is not installed")
+
+
+@each_model
+def test_cases_of_each_model(folder, model):
+    found = cases(folder, model)
+    assert found and len({case.size for case in found}) == len(found)
+    assert all(case.op == model for case in found)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", run.MODELS)
-def test_peers_compute_what_they_claim(model):
+@each_model
+def test_peers_compute_what_they_claim(folder, model):
     """Each case's peers that claim to compute the same, where they are installed."""
-    for case in run.cases_of(model):
+    for case in cases(folder, model):
         exact = {name: peer for name, peer in case.peers.items() if peer.tolerance is not None}
         list(run_model(replace(case, peers=exact, compiled=False), budget=0, wanted=set(exact)))

@@ -81,6 +81,7 @@ class ModelCase:
         make: builds our training; called under a fixed seed.
         peers: by name.
         compiled: whether to time torch.compile too; False where compiling takes minutes.
+        ours: which of `OURS` make sense.
     """
 
     op: str
@@ -88,6 +89,7 @@ class ModelCase:
     make: Callable[[], Training]
     peers: Mapping[str, Peer] = field(default_factory=dict)
     compiled: bool = True
+    ours: Collection[str] = tuple(OURS)
 
     def work(self, mode: str) -> tuple[int, int]:
         """Nobody counts the bytes and operations of whole models."""
@@ -130,7 +132,7 @@ def steps_of(
     torch._dynamo.reset()
     steps, missing = {}, {}
     for name, (backend, compiled) in OURS.items():
-        if asked(name) and (case.compiled or not compiled):
+        if name in case.ours and asked(name) and (case.compiled or not compiled):
             steps[name] = make_step(seeded(case), backend, compiled)
     for name, peer in case.peers.items():
         if not asked(name):

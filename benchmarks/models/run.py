@@ -22,34 +22,40 @@ from benchmarks.run import print_timing
 from fastgen.ops import _library
 
 FOLDER = Path(__file__).parent
-MODELS = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
 QUICK_BUDGET = 1.0
 
 
-def cases_of(model: str) -> list[ModelCase]:
-    return importlib.import_module(f"benchmarks.models.bench_{model}").CASES
+def models_in(folder: Path) -> list[str]:
+    return sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+
+
+def cases_of(model: str, folder: Path = FOLDER) -> list[ModelCase]:
+    return importlib.import_module(f"benchmarks.{folder.name}.bench_{model}").CASES
 
 
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(folder: Path = FOLDER) -> argparse.ArgumentParser:
+    name = folder.name
     p = argparse.ArgumentParser(
-        prog="python -m benchmarks.models.run", description=__doc__.split("\n")[0]
+        prog=f"python -m benchmarks.{name}.run",
+        description=f"Times training steps: `python -m benchmarks.{name}.run [MODEL ...]`.",
     )
-    p.add_argument("models", nargs="*", metavar="MODEL", help=f"any of {', '.join(MODELS)}")
+    known = ", ".join(models_in(folder))
+    p.add_argument("models", nargs="*", metavar="MODEL", help=f"any of {known}")
     p.add_argument("--filter", default="", metavar="SIZE", help="only cases whose size contains it")
     p.add_argument("--providers", type=_list, metavar="A,B", help="only these beside fastgen")
     p.add_argument("--budget", type=float, default=10.0, help="seconds a case (default 10)")
     p.add_argument("--threads", type=int, help="threads of everything (default: all cores)")
-    p.add_argument("--out", type=Path, help="folder of the CSV; default results/<machine>/models")
+    p.add_argument("--out", type=Path, help=f"folder of the CSV; default results/<machine>/{name}")
     p.add_argument("--quick", action="store_true", help=f"{QUICK_BUDGET:g} s a case, nothing kept")
     return p
 
 
-def run_case(case: ModelCase, options: argparse.Namespace) -> None:
-    """Times and prints one case, and keeps its rows."""
+def run_case(case: ModelCase, sizes: Sequence[str], options: argparse.Namespace) -> None:
+    """Times and prints one case, and keeps its rows in the CSV that holds those of `sizes`."""
     timings, ours = [], float("nan")
     for timing in run_model(case, budget=options.budget, wanted=options.providers):
         timings.append(timing)
@@ -60,18 +66,18 @@ def run_case(case: ModelCase, options: argparse.Namespace) -> None:
         isa = _library.CPU_ISAS[torch.ops.fastgen.cpu_isa()]
         roof = measure_roof(torch.device("cpu"))
         rows = results.rows_of(case, timings, roof, isa, results.revision())
-        sizes = [other.size for other in cases_of(case.op)]
         keep = options.providers is not None
         results.update(options.out / f"{case.op}.csv", rows, sizes, keep_others=keep)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     """Entry point: 0, or 2 for a bad argument."""
-    p = parser()
+    p = parser(folder)
     options = p.parse_args(arguments)
-    unknown = [model for model in options.models if model not in MODELS]
+    models = models_in(folder)
+    unknown = [model for model in options.models if model not in models]
     if unknown:
-        p.exit(2, f"unknown model {unknown[0]!r}; expected one of {', '.join(MODELS)}\n")
+        p.exit(2, f"unknown model {unknown[0]!r}; expected one of {', '.join(models)}\n")
     if options.threads is not None:
         if options.threads < 1:
             p.exit(2, f"--threads: expected at least 1, got {options.threads}\n")
@@ -79,13 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         options.budget = QUICK_BUDGET
     elif options.out is None:
-        options.out = results.ROOT / "benchmarks" / "results" / results.machine_name() / "models"
+        options.out = results.ROOT / "benchmarks" / "results" / results.machine_name() / folder.name
     print(f"machine: {results.machine_name()}, torch {torch.__version__}")
-    for model in options.models or MODELS:
-        for case in cases_of(model):
+    for model in options.models or models:
+        cases = cases_of(model, folder)
+        for case in cases:
             if options.filter in case.size:
                 print(f"\n{model} {case.size}, {torch.get_num_threads()} threads", flush=True)
-                run_case(case, options)
+                run_case(case, [other.size for other in cases], options)
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Training steps of other libraries' models before and after fastgen.patch()."""
