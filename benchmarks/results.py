@@ -6,6 +6,7 @@ it measured again and leaves the rest.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import os
@@ -51,6 +52,22 @@ def machine_name(device: str = "cpu") -> str:
             model += f" f{fields['cpu family']}m{fields['model']}"
         name = f"{model} {_cores()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def add_heap_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--heap",
+        choices=("kept", "fresh"),
+        default="kept",
+        help="freed memory stays with the process, for all providers (kept), or the C library does "
+        "what it does by itself (fresh: large results on new pages each time)",
+    )
+
+
+def default_folder(heap: str, device: str = "cpu") -> Path:
+    """Where the results of this machine are kept, for an answer to :func:`add_heap_option`."""
+    suffix = "" if heap == "kept" else "-fresh-heap"
+    return ROOT / "benchmarks" / "results" / (machine_name(device) + suffix)
 
 
 def _cores() -> int:

@@ -222,13 +222,7 @@ def parser(known: Sequence[str]) -> argparse.ArgumentParser:
         metavar="avx2,portable",
         help="instruction sets of fastgen's kernels, the others choose theirs (default: the best)",
     )
-    p.add_argument(
-        "--heap",
-        choices=("kept", "fresh"),
-        default="kept",
-        help="freed memory stays with the process, for all providers (kept), or the C library does "
-        "what it does by itself (fresh: large results on new pages each time)",
-    )
+    results.add_heap_option(p)
     p.add_argument("--out", type=Path, help="folder for CSV and PNG; default results/<machine>")
     p.add_argument(
         "--quick",
@@ -298,11 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return compare.main(options.base, cases, chosen, options.budget, options.out, environment)
     if kept_heap:
         memory.keep_freed_memory()
-    suffix = "" if kept_heap else "-fresh-heap"
     keep = not options.quick or options.out is not None
     if keep and options.out is None:
-        name = results.machine_name(options.device) + suffix
-        options.out = ROOT / "benchmarks" / "results" / name
+        options.out = results.default_folder(options.heap, options.device)
     if options.limit is None and options.device == "cuda":
         options.limit = COMPILE_LIMIT
     try:

@@ -19,6 +19,7 @@ from benchmarks import results
 from benchmarks.models.case import ModelCase, run_model
 from benchmarks.roof import measure_roof
 from benchmarks.run import print_timing
+from fastgen.memory import keep_freed_memory
 from fastgen.ops import _library
 
 FOLDER = Path(__file__).parent
@@ -49,6 +50,7 @@ def parser(folder: Path = FOLDER) -> argparse.ArgumentParser:
     p.add_argument("--providers", type=_list, metavar="A,B", help="only these beside fastgen")
     p.add_argument("--budget", type=float, default=10.0, help="seconds a case (default 10)")
     p.add_argument("--threads", type=int, help="threads of everything (default: all cores)")
+    results.add_heap_option(p)
     p.add_argument("--out", type=Path, help=f"folder of the CSV; default results/<machine>/{name}")
     p.add_argument("--quick", action="store_true", help=f"{QUICK_BUDGET:g} s a case, nothing kept")
     return p
@@ -85,7 +87,9 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     if options.quick:
         options.budget = QUICK_BUDGET
     elif options.out is None:
-        options.out = results.ROOT / "benchmarks" / "results" / results.machine_name() / folder.name
+        options.out = results.default_folder(options.heap) / folder.name
+    if options.heap == "kept":
+        keep_freed_memory()
     print(f"machine: {results.machine_name()}, torch {torch.__version__}")
     for model in options.models or models:
         cases = cases_of(model, folder)
