@@ -127,6 +127,7 @@ def fingerprint(*pieces: type | Callable) -> str:
 #: The libraries covered, and the file of this package that covers each.
 _FILES = {
     "diffusers": "diffusers",
+    "nflows": "nflows",
     "torch.nn": "torch_nn",
 }
 

@@ -1,0 +1,43 @@
+"""What the files of this package ask of the tensors of one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastgen.ops._autograd import accumulate_dtype
+from fastgen.ops._check import FLOATS
+
+__all__ = ["common_dtype", "is_number", "reason_against"]
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is a plain number: what ops take, unlike a tensor."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def reason_against(x: Any, *others: Tensor) -> str | None:
+    """Why fastgen's ops cannot take these tensors the way the library does, or None."""
+    if not isinstance(x, Tensor):
+        return f"its input is a {type(x).__name__}, not a tensor"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    for t in (x, *others):
+        if t.dtype not in FLOATS:
+            return f"tensors of {t.dtype}"
+        if t.device != x.device:
+            return "tensors of different devices"
+    if any(t.dtype != x.dtype for t in others) and not torch.is_autocast_enabled(x.device.type):
+        return "tensors of different dtypes"
+    return None
+
+
+def common_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
+    """What to compute in: the widest dtype of the tensors, float32 at least."""
+    dtype = x.dtype
+    for t in others:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return accumulate_dtype(dtype)
