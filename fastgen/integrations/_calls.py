@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from fastgen.ops._autograd import accumulate_dtype
 from fastgen.ops._check import FLOATS
 
-__all__ = ["common_dtype", "is_number", "reason_against"]
+__all__ = ["common_dtype", "is_number", "log_det_as", "reason_against"]
 
 
 def is_number(value: Any) -> bool:
@@ -41,3 +41,9 @@ def common_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
     for t in others:
         dtype = torch.promote_types(dtype, t.dtype)
     return accumulate_dtype(dtype)
+
+
+def log_det_as(log_det: Tensor, x: Tensor) -> Tensor:
+    """A log-determinant in the dtype of the input, as libraries have it, or under autocast, where
+    a layer before may have rounded the input to half, as it is."""
+    return log_det if torch.is_autocast_enabled(x.device.type) else log_det.to(x.dtype)

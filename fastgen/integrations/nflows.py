@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgen import ops
-from fastgen.integrations._calls import common_dtype, is_number, reason_against
+from fastgen.integrations._calls import common_dtype, is_number, log_det_as, reason_against
 from fastgen.integrations._library import Function, Library, Swap, run_own_code
 
 # Before they are replaced.
-_own_spline = rq.rational_quadratic_spline
-_own_unconstrained_spline = rq.unconstrained_rational_quadratic_spline
+_own_constrained = rq.rational_quadratic_spline
+_own_unconstrained = rq.unconstrained_rational_quadratic_spline
 
 __all__ = [
     "LIBRARY",
@@ -91,13 +91,13 @@ class _Spline(NamedTuple):
         sum_log_det: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """nflows' raw parameters (..., K), (..., K) and (..., K - 1), or (..., K + 1) without
-        tails; the log-determinant in the dtype of the inputs, as nflows has it."""
+        tails."""
         dtype = common_dtype(inputs, widths, heights, derivatives)
         x, widths, heights = (t.to(dtype) for t in (inputs, widths, heights))
         derivatives = derivatives.to(dtype) - math.log(math.expm1(1 - self.min_derivative))
         run = self._with_tails if self.linear_tails else self._without_tails
         y, log_det = run(x, widths, heights, derivatives, inverse, sum_log_det)
-        return y.to(inputs.dtype), log_det.to(inputs.dtype)
+        return y.to(inputs.dtype), log_det_as(log_det, inputs)
 
     def _with_tails(self, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return self._op(x, *args, float(self.high), self.min_bin_width, self.min_bin_height)
@@ -203,7 +203,7 @@ def rational_quadratic_spline(
     if reason is None:
         return spline(*tensors, inverse)
     run_own_code("rational_quadratic_spline", reason)
-    return _own_spline(*tensors, inverse, left, right, bottom, top, *minima)
+    return _own_constrained(*tensors, inverse, left, right, bottom, top, *minima)
 
 
 @functools.wraps(rq.unconstrained_rational_quadratic_spline)
@@ -226,7 +226,7 @@ def unconstrained_rational_quadratic_spline(
     if reason is None:
         return spline(*tensors, inverse)
     run_own_code("unconstrained_rational_quadratic_spline", reason)
-    return _own_unconstrained_spline(*tensors, inverse, tails, tail_bound, *minima)
+    return _own_unconstrained(*tensors, inverse, tails, tail_bound, *minima)
 
 
 class _OnSpline:
@@ -236,7 +236,7 @@ class _OnSpline:
         """Why this call runs nflows' code, or None."""
         return _reason_against_module(self) or reason_against(inputs)
 
-    def _apply(
+    def _run_spline(
         self, inputs: Tensor, parameters: tuple[Tensor, Tensor, Tensor], inverse: bool
     ) -> tuple[Tensor, Tensor] | None:
         """None, and a line in the log, where nflows' code has to run."""
@@ -287,7 +287,7 @@ class FusedPiecewiseRationalQuadraticCouplingTransform(
     ) -> tuple[Tensor, Tensor]:
         theta = transform_params.unflatten(1, (inputs.shape[1], -1)).movedim(2, -1)
         parameters = _parameters(theta, self.num_bins, self._hidden())
-        result = self._apply(inputs, parameters, inverse)
+        result = self._run_spline(inputs, parameters, inverse)
         if result is None:
             return super()._coupling_transform(inputs, transform_params, inverse)
         return result
@@ -312,7 +312,7 @@ class FusedMaskedPiecewiseRationalQuadraticAutoregressiveTransform(
     ) -> tuple[Tensor, Tensor]:
         theta = autoregressive_params.unflatten(1, (inputs.shape[1], -1))
         hidden = getattr(self.autoregressive_net, "hidden_features", None)
-        result = self._apply(inputs, _parameters(theta, self.num_bins, hidden), inverse)
+        result = self._run_spline(inputs, _parameters(theta, self.num_bins, hidden), inverse)
         if result is None:
             return super()._elementwise(inputs, autoregressive_params, inverse)
         return result
@@ -324,18 +324,18 @@ class FusedPiecewiseRationalQuadraticCDF(_OnSpline, nonlinearities.PiecewiseRati
     def _spline(self, inputs: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         raw = self.unnormalized_widths, self.unnormalized_heights, self.unnormalized_derivatives
         widths, heights, derivatives = (t.expand(inputs.shape[0], *t.shape) for t in raw)
-        result = self._apply(inputs, (widths, heights, derivatives), inverse)
+        result = self._run_spline(inputs, (widths, heights, derivatives), inverse)
         return super()._spline(inputs, inverse) if result is None else result
 
 
 def _affine(
     inputs: Tensor, log_scale: Tensor, shift: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """log_scale and shift in the dtype to compute in; the rest as nflows has it."""
+    """log_scale and shift are in the dtype to compute in."""
     y, log_det = ops.affine_coupling(
         inputs.to(shift.dtype), log_scale, shift, scale="exp", inverse=inverse
     )
-    return y.to(inputs.dtype), log_det.to(inputs.dtype)
+    return y.to(inputs.dtype), log_det_as(log_det, inputs)
 
 
 def _reason_against_affine(inputs: Tensor, shift: Tensor) -> str | None:
@@ -429,8 +429,8 @@ class FusedMaskedAffineAutoregressiveTransform(
 
 
 _SPLINE = (
-    _own_spline,
-    _own_unconstrained_spline,
+    _own_constrained,
+    _own_unconstrained,
     torchutils.searchsorted,
     torchutils.sum_except_batch,
 )
@@ -483,12 +483,12 @@ LIBRARY = Library(
         ),
     ),
     functions=(
-        Function(_own_spline, rational_quadratic_spline, "ccf595b94ef520c5", _SPLINE[2:3]),
+        Function(_own_constrained, rational_quadratic_spline, "ccf595b94ef520c5", _SPLINE[2:3]),
         Function(
-            _own_unconstrained_spline,
+            _own_unconstrained,
             unconstrained_rational_quadratic_spline,
             "c4d25fa3907b16a1",
-            (_own_spline, *_SPLINE[2:3]),
+            (_own_constrained, *_SPLINE[2:3]),
         ),
     ),
 )
