@@ -43,7 +43,7 @@ def common_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
     return accumulate_dtype(dtype)
 
 
-def log_det_as(log_det: Tensor, x: Tensor) -> Tensor:
-    """A log-determinant in the dtype of the input, as libraries have it, or under autocast, where
-    a layer before may have rounded the input to half, as it is."""
-    return log_det if torch.is_autocast_enabled(x.device.type) else log_det.to(x.dtype)
+def log_det_as(log_det: Tensor, dtype: torch.dtype) -> Tensor:
+    """A log-determinant in the dtype the library has it in; under autocast, where a layer before
+    may have rounded to half what that follows, as it is."""
+    return log_det if torch.is_autocast_enabled(log_det.device.type) else log_det.to(dtype)

@@ -23,14 +23,12 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-from torch import nn
-
 __all__ = ["Function", "Library", "Swap", "find", "fingerprint", "loaded", "names", "run_own_code"]
 
 _log = logging.getLogger("fastgen")
 
 
-def _always(module: nn.Module) -> None:
+def _always(instance: Any) -> None:
     return None
 
 
@@ -39,17 +37,18 @@ class Swap:
     """One class of a library and the subclass of it that runs on fused ops.
 
     Attributes:
-        original: the library's class.
-        fused: its subclass. It adds no state and has no constructor of its own. Where a single call
-            needs the library's own code, its method ``own_code(*args, **kwargs)`` says why, or
-            returns None.
+        original: the library's class: a module, or something else that is made for every call.
+        fused: its subclass. It adds no state and has no constructor of its own, but where half of
+            the work is done in that of `original`: then objects made under a patched library run
+            it instead. Where a single call needs the library's own code, the method
+            ``own_code(*args, **kwargs)`` says why, or returns None.
         fingerprint: of the code that `fused` replaces or relies on; see :func:`fingerprint`.
         relies_on: that code: classes and functions.
         reason_against: why this object has to keep its own class for all calls, or None.
     """
 
-    original: type[nn.Module]
-    fused: type[nn.Module]
+    original: type[Any]
+    fused: type[Any]
     fingerprint: str
     relies_on: tuple[type | Callable, ...]
     reason_against: Callable[[Any], str | None] = _always
@@ -88,6 +87,10 @@ class Library:
     functions: tuple[Function, ...] = ()
 
     @property
+    def pieces(self) -> tuple[Swap | Function, ...]:
+        return (*self.swaps, *self.functions)
+
+    @property
     def version(self) -> str:
         return importlib.metadata.version(self.distribution)
 
@@ -99,7 +102,7 @@ class Library:
         differ = {
             piece.original: f"its code in {self.distribution} {self.version} is not that of "
             f"{self.tested[-1]}, which fastgen knows"
-            for piece in (*self.swaps, *self.functions)
+            for piece in self.pieces
             if fingerprint(piece.original, *piece.relies_on) != piece.fingerprint
         }
         left = ", ".join(sorted(original.__qualname__ for original in differ))
@@ -129,6 +132,7 @@ _FILES = {
     "diffusers": "diffusers",
     "nflows": "nflows",
     "torch.nn": "torch_nn",
+    "zuko": "zuko",
 }
 
 

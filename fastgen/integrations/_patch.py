@@ -161,7 +161,7 @@ def _reason_against(module: nn.Module, swap: Swap, library: Library) -> str | No
     return swap.reason_against(module)
 
 
-def _covered_base(kind: type, swaps: dict[type[nn.Module], Any]) -> type | None:
+def _covered_base(kind: type, swaps: dict[type, Any]) -> type | None:
     # A fastgen layer may be a subclass of what it replaces.
     if kind.__module__.startswith("fastgen."):
         return None
@@ -187,7 +187,7 @@ def _patch_library(library: Library) -> Report:
     report = Report(f"{library.name} {library.version}")
     undo: list[Callable[[], None]] = []
     try:
-        for piece in (*library.swaps, *library.functions):
+        for piece in library.pieces:
             original = _name(piece.original)
             if piece.original in library.changed:
                 report.left.append(Left(original, original, library.changed[piece.original]))
@@ -218,8 +218,14 @@ def _wrap_constructor(swap: Swap) -> Callable[[], None]:
     own = vars(cls).get("__init__")
     constructor = cls.__init__
 
+    constructs = "__init__" in vars(swap.fused)
+
     @functools.wraps(constructor)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if constructs and type(self) is cls:
+            self.__class__ = swap.fused
+            swap.fused.__init__(self, *args, **kwargs)
+            return
         constructor(self, *args, **kwargs)
         if type(self) is cls and swap.reason_against(self) is None:
             self.__class__ = swap.fused
@@ -228,9 +234,9 @@ def _wrap_constructor(swap: Swap) -> Callable[[], None]:
         if own is None:
             del cls.__init__
         else:
-            cls.__init__ = own  # type: ignore[method-assign]
+            cls.__init__ = own
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__init__ = __init__
     return undo
 
 

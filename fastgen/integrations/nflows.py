@@ -97,10 +97,29 @@ class _Spline(NamedTuple):
         derivatives = derivatives.to(dtype) - math.log(math.expm1(1 - self.min_derivative))
         run = self._with_tails if self.linear_tails else self._without_tails
         y, log_det = run(x, widths, heights, derivatives, inverse, sum_log_det)
-        return y.to(inputs.dtype), log_det_as(log_det, inputs)
+        return y.to(inputs.dtype), log_det_as(log_det, inputs.dtype)
 
-    def _with_tails(self, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        return self._op(x, *args, float(self.high), self.min_bin_width, self.min_bin_height)
+    def _with_tails(
+        self,
+        x: Tensor,
+        widths: Tensor,
+        heights: Tensor,
+        derivatives: Tensor,
+        inverse: bool,
+        sum_log_det: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return ops.rq_spline(
+            x,
+            widths,
+            heights,
+            derivatives,
+            tail_bound=self.high,
+            inverse=inverse,
+            sum_log_det=sum_log_det,
+            min_bin_width=self.min_bin_width,
+            min_bin_height=self.min_bin_height,
+            min_derivative=self.min_derivative,
+        )
 
     def _without_tails(
         self, x: Tensor, widths: Tensor, heights: Tensor, *args: Any
@@ -109,43 +128,17 @@ class _Spline(NamedTuple):
         if least < self.low or greatest > self.high:
             raise InputOutsideDomain
         middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
+        minima = self.min_bin_width / 3, self.min_bin_height / 3, self.min_derivative
+        wide = _Spline(-3 * half, 3 * half, True, *minima)
         # On its edge a point could fall into the added bin, whose gradients are not the spline's.
         edge = half * (1 - 8 * torch.finfo(x.dtype).eps)
-        y, log_det = self._op(
+        y, log_det = wide._with_tails(
             _moved_into(x - middle, -edge, edge),
             _third(widths, self.min_bin_width),
             _third(heights, self.min_bin_height),
             *args,
-            3 * half,
-            self.min_bin_width / 3,
-            self.min_bin_height / 3,
         )
         return _moved_into(y + middle, self.low, self.high), log_det
-
-    def _op(
-        self,
-        x: Tensor,
-        widths: Tensor,
-        heights: Tensor,
-        derivatives: Tensor,
-        inverse: bool,
-        sum_log_det: bool,
-        tail_bound: float,
-        min_bin_width: float,
-        min_bin_height: float,
-    ) -> tuple[Tensor, Tensor]:
-        return ops.rq_spline(
-            x,
-            widths,
-            heights,
-            derivatives,
-            tail_bound=tail_bound,
-            inverse=inverse,
-            sum_log_det=sum_log_det,
-            min_bin_width=min_bin_width,
-            min_bin_height=min_bin_height,
-            min_derivative=self.min_derivative,
-        )
 
 
 def _third(raw: Tensor, minimum: float) -> Tensor:
@@ -335,7 +328,7 @@ def _affine(
     y, log_det = ops.affine_coupling(
         inputs.to(shift.dtype), log_scale, shift, scale="exp", inverse=inverse
     )
-    return y.to(inputs.dtype), log_det_as(log_det, inputs)
+    return y.to(inputs.dtype), log_det_as(log_det, inputs.dtype)
 
 
 def _reason_against_affine(inputs: Tensor, shift: Tensor) -> str | None:

@@ -1,0 +1,313 @@
+"""zuko's rational-quadratic splines and affine transformations on fastgen's ops.
+
+zuko bounds raw parameters p softly, q = p / (1 + |p| / b), and takes them to
+
+- shares softmax(q) of bins, with no least share,
+- derivatives exp(q) of splines, so that :func:`fastgen.ops.rq_spline` gets
+  log(expm1(exp(q))) - log(expm1(1)): what its softplus takes to the same derivative,
+- slopes exp(q) of affine transformations, which are those of "exp" in
+  :func:`fastgen.ops.affine_coupling`.
+
+Its transformations are distributions' Transforms, made anew from a network's output for every call.
+Their constructors do half of the work, so the faster classes have constructors of their own. Live
+models have the modules that make them: these change over to making the faster ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform
+from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+from zuko.flows.coupling import GeneralCouplingTransform
+from zuko.flows.gaussianization import ElementWiseTransform
+from zuko.flows.spline import CircularRQSTransform
+from zuko.transforms import (
+    CircularShiftTransform,
+    ComposedTransform,
+    DependentTransform,
+    MonotonicAffineTransform,
+    MonotonicRQSTransform,
+)
+
+from fastgen import ops
+from fastgen.integrations._calls import common_dtype, is_number, log_det_as, reason_against
+from fastgen.integrations._library import Library, Swap, run_own_code
+
+__all__ = [
+    "LIBRARY",
+    "FusedDependentTransform",
+    "FusedElementWiseTransform",
+    "FusedGeneralCouplingTransform",
+    "FusedMaskedAutoregressiveTransform",
+    "FusedMonotonicAffineTransform",
+    "FusedMonotonicRQSTransform",
+]
+
+#: zuko's bins and derivatives have no minimum; the ops want one, which is lost beside any softmax.
+_NO_MINIMUM = 1e-30
+
+
+def _softly_bounded(raw: Tensor, bound: float) -> Tensor:
+    return raw / (1 + (raw / bound).abs())
+
+
+class _OwnRQSTransform(MonotonicRQSTransform):
+    """zuko's code, also while zuko is patched."""
+
+
+class FusedMonotonicRQSTransform(MonotonicRQSTransform):
+    """A patched zuko.transforms.MonotonicRQSTransform."""
+
+    def __init__(
+        self,
+        widths: Tensor,
+        heights: Tensor,
+        derivatives: Tensor,
+        bound: float = 5.0,
+        slope: float = 1e-3,
+        **kwargs: Any,
+    ) -> None:
+        Transform.__init__(self, **kwargs)
+        self._raw = widths, heights, derivatives
+        self._bound, self._slope = bound, slope
+        self._reason = _reason_against_spline(*self._raw, bound, slope)
+        if self._reason is None:
+            self._parameters = self._for_op()
+
+    def _for_op(self) -> tuple[Tensor, Tensor, Tensor]:
+        dtype, bound = common_dtype(*self._raw), -math.log(self._slope)
+        widths, heights, derivatives = (t.to(dtype) for t in self._raw)
+        slopes = _softly_bounded(derivatives, bound).exp()
+        raw_slopes = slopes + torch.log(-torch.expm1(-slopes)) - math.log(math.expm1(1))
+        return (
+            _softly_bounded(widths, bound / 2),
+            _softly_bounded(heights, bound / 2),
+            raw_slopes,
+        )
+
+    def _own(self) -> MonotonicRQSTransform:
+        return _OwnRQSTransform(*self._raw, bound=self._bound, slope=self._slope)
+
+    @property
+    def horizontal(self) -> Tensor:
+        return self._own().horizontal
+
+    @property
+    def vertical(self) -> Tensor:
+        return self._own().vertical
+
+    @property
+    def derivatives(self) -> Tensor:
+        return self._own().derivatives
+
+    @property
+    def bins(self) -> int:
+        return self._raw[0].shape[-1]
+
+    def _call(self, x: Tensor) -> Tensor:
+        result = self._spline(x)
+        return self._own()._call(x) if result is None else result[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        result = self._spline(y, inverse=True)
+        return self._own()._inverse(y) if result is None else result[0]
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        result = self._spline(x)
+        return self._own().call_and_ladj(x) if result is None else result
+
+    def _spline(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor] | None:
+        """None, and a line in the log, where zuko's code has to run."""
+        reason = self._reason or reason_against(x, *self._raw)
+        if reason is not None:
+            run_own_code("MonotonicRQSTransform", reason)
+            return None
+        dtype = common_dtype(x, *self._parameters)
+        shape = torch.broadcast_shapes(x.shape, *(t.shape[:-1] for t in self._parameters))
+        y, log_det = ops.rq_spline(
+            x.to(dtype).expand(shape),
+            *(t.to(dtype).expand(*shape, t.shape[-1]) for t in self._parameters),
+            tail_bound=self._bound,
+            inverse=inverse,
+            min_bin_width=_NO_MINIMUM,
+            min_bin_height=_NO_MINIMUM,
+            min_derivative=_NO_MINIMUM,
+        )
+        out = torch.promote_types(x.dtype, self._raw[0].dtype)
+        return y.to(out), log_det_as(log_det, out)
+
+
+def _reason_against_spline(
+    widths: Tensor, heights: Tensor, derivatives: Tensor, bound: Any, slope: Any
+) -> str | None:
+    if not is_number(bound) or not 0 < bound < math.inf:
+        return f"bound={bound!r}"
+    if not is_number(slope) or not 1e-20 < slope < 1:
+        return f"slope={slope!r}"
+    bins = widths.shape[-1]
+    if bins == 0 or (heights.shape[-1], derivatives.shape[-1]) != (bins, bins - 1):
+        return "parameters that are not K widths, K heights and K - 1 derivatives"
+    return reason_against(widths, heights, derivatives)
+
+
+class FusedMonotonicAffineTransform(MonotonicAffineTransform):
+    """A patched zuko.transforms.MonotonicAffineTransform: with a scale only where it is asked for.
+
+    :class:`FusedDependentTransform` has the op.
+    """
+
+    def __init__(self, shift: Tensor, scale: Tensor, slope: float = 1e-3, **kwargs: Any) -> None:
+        Transform.__init__(self, **kwargs)
+        self.shift = shift
+        self.log_scale = _softly_bounded(scale, math.log(slope))
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
+
+
+class FusedDependentTransform(DependentTransform):
+    """A patched zuko.transforms.DependentTransform, whose affine base takes the op."""
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if type(self.base) not in (MonotonicAffineTransform, FusedMonotonicAffineTransform):
+            return super().call_and_ladj(x)
+        log_scale, shift = self.base.log_scale, self.base.shift
+        if (reason := self._reason_against(x, log_scale, shift)) is not None:
+            run_own_code("DependentTransform", reason)
+            return super().call_and_ladj(x)
+        tensors = x, log_scale, shift
+        shape, dtype = torch.broadcast_shapes(*(t.shape for t in tensors)), common_dtype(*tensors)
+        rows = math.prod(shape[:-1]), shape[-1]
+        y, log_det = ops.affine_coupling(
+            *(t.to(dtype).expand(shape).reshape(rows) for t in tensors), scale="exp"
+        )
+        out = torch.promote_types(torch.promote_types(x.dtype, log_scale.dtype), shift.dtype)
+        return y.view(shape).to(out), log_det_as(log_det.view(shape[:-1]), log_scale.dtype)
+
+    def _reason_against(self, x: Tensor, *parameters: Tensor) -> str | None:
+        if self.reinterpreted != 1:
+            return f"reinterpreted={self.reinterpreted}"
+        if self.base._cache_size != 0:
+            return "a cache of its base"
+        return reason_against(x, *parameters)
+
+
+def _circular_spline(
+    widths: Tensor, heights: Tensor, derivatives: Tensor, slope: float = 1e-3
+) -> ComposedTransform:
+    spline = FusedMonotonicRQSTransform(widths, heights, derivatives, math.pi, slope)
+    return ComposedTransform(CircularShiftTransform(bound=math.pi), spline)
+
+
+_UNIVARIATE: dict[Callable, Callable] = {
+    CircularRQSTransform: _circular_spline,
+    MonotonicAffineTransform: FusedMonotonicAffineTransform,
+    MonotonicRQSTransform: FusedMonotonicRQSTransform,
+}
+
+
+def _faster(univariate: Callable) -> Callable:
+    """What makes the faster transformations, or `univariate` where there are none."""
+    if type(univariate) is functools.partial:
+        return functools.partial(_faster(univariate.func), *univariate.args, **univariate.keywords)
+    return _UNIVARIATE.get(univariate, univariate)
+
+
+def _reason_against_module(module: Any) -> str | None:
+    univariate = vars(module)["univariate"]
+    while type(univariate) is functools.partial:
+        univariate = univariate.func
+    if univariate in _UNIVARIATE:
+        return None
+    return f"its univariate transformation is {getattr(univariate, '__name__', univariate)}"
+
+
+def _faster_sum(transform: Transform) -> Transform:
+    if type(transform) is DependentTransform:
+        transform.__class__ = FusedDependentTransform
+    return transform
+
+
+class _MakesFaster:
+    """What zuko calls `univariate`, a constructor, is that of a faster transformation."""
+
+    @property
+    def univariate(self) -> Callable:
+        return _faster(vars(self)["univariate"])
+
+    @univariate.setter
+    def univariate(self, value: Callable) -> None:
+        vars(self)["univariate"] = value
+
+
+class FusedElementWiseTransform(_MakesFaster, ElementWiseTransform):
+    """A patched zuko.flows.gaussianization.ElementWiseTransform."""
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        return _faster_sum(super().forward(c))
+
+
+class FusedGeneralCouplingTransform(_MakesFaster, GeneralCouplingTransform):
+    """A patched zuko.flows.coupling.GeneralCouplingTransform."""
+
+    def meta(self, c: Tensor | None, x: Tensor) -> Transform:
+        return _faster_sum(super().meta(c, x))
+
+
+class FusedMaskedAutoregressiveTransform(_MakesFaster, MaskedAutoregressiveTransform):
+    """A patched zuko.flows.autoregressive.MaskedAutoregressiveTransform."""
+
+    def meta(self, c: Tensor | None, x: Tensor) -> Transform:
+        return _faster_sum(super().meta(c, x))
+
+
+_UNIVARIATES = (
+    CircularRQSTransform,
+    DependentTransform,
+    MonotonicAffineTransform,
+    MonotonicRQSTransform,
+)
+
+LIBRARY = Library(
+    name="zuko",
+    distribution="zuko",
+    tested=("1.6.0",),
+    swaps=(
+        Swap(
+            DependentTransform,
+            FusedDependentTransform,
+            "9da7ebd93d93861a",
+            (MonotonicAffineTransform,),
+        ),
+        Swap(
+            ElementWiseTransform,
+            FusedElementWiseTransform,
+            "cbfef03037f83449",
+            _UNIVARIATES,
+            _reason_against_module,
+        ),
+        Swap(
+            GeneralCouplingTransform,
+            FusedGeneralCouplingTransform,
+            "ff0c14d11d194a67",
+            _UNIVARIATES,
+            _reason_against_module,
+        ),
+        Swap(
+            MaskedAutoregressiveTransform,
+            FusedMaskedAutoregressiveTransform,
+            "13deee74e816b218",
+            _UNIVARIATES,
+            _reason_against_module,
+        ),
+        Swap(MonotonicAffineTransform, FusedMonotonicAffineTransform, "a3e3d7e7fd28703d", ()),
+        Swap(MonotonicRQSTransform, FusedMonotonicRQSTransform, "a64b379cb2fa7c2e", ()),
+    ),
+)
