@@ -9,8 +9,8 @@ zuko bounds raw parameters p softly, q = p / (1 + |p| / b), and takes them to
   :func:`fastgen.ops.affine_coupling`.
 
 Its transformations are distributions' Transforms, made anew from a network's output for every call.
-Their constructors do half of the work, so the faster classes have constructors of their own. Live
-models have the modules that make them: these change over to making the faster ones.
+Their constructors do half of the work, so the faster classes have constructors of their own. What
+a model has are modules that make them; these change over to making the faster ones.
 """
 
 from __future__ import annotations
@@ -157,10 +157,7 @@ def _reason_against_spline(
 
 
 class FusedMonotonicAffineTransform(MonotonicAffineTransform):
-    """A patched zuko.transforms.MonotonicAffineTransform: with a scale only where it is asked for.
-
-    :class:`FusedDependentTransform` has the op.
-    """
+    """zuko's, with a scale where it is asked for; :class:`FusedDependentTransform` needs none."""
 
     def __init__(self, shift: Tensor, scale: Tensor, slope: float = 1e-3, **kwargs: Any) -> None:
         Transform.__init__(self, **kwargs)
@@ -173,7 +170,7 @@ class FusedMonotonicAffineTransform(MonotonicAffineTransform):
 
 
 class FusedDependentTransform(DependentTransform):
-    """A patched zuko.transforms.DependentTransform, whose affine base takes the op."""
+    """zuko's sum over the last dimension, in the op where its base is affine."""
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if type(self.base) not in (MonotonicAffineTransform, FusedMonotonicAffineTransform):
@@ -206,32 +203,37 @@ def _circular_spline(
     return ComposedTransform(CircularShiftTransform(bound=math.pi), spline)
 
 
-_UNIVARIATE: dict[Callable, Callable] = {
-    CircularRQSTransform: _circular_spline,
-    MonotonicAffineTransform: FusedMonotonicAffineTransform,
-    MonotonicRQSTransform: FusedMonotonicRQSTransform,
-}
+#: What constructs a transformation of one number, and what constructs the faster one.
+_UNIVARIATE: tuple[tuple[Callable, Callable], ...] = (
+    (CircularRQSTransform, _circular_spline),
+    (MonotonicAffineTransform, FusedMonotonicAffineTransform),
+    (MonotonicRQSTransform, FusedMonotonicRQSTransform),
+)
 
 
-def _faster(univariate: Callable) -> Callable:
-    """What makes the faster transformations, or `univariate` where there are none."""
+def _faster(univariate: Any) -> Callable | None:
+    """What constructs the faster transformations, or None where there are none."""
     if type(univariate) is functools.partial:
-        return functools.partial(_faster(univariate.func), *univariate.args, **univariate.keywords)
-    return _UNIVARIATE.get(univariate, univariate)
+        faster = _faster(univariate.func)
+        if faster is None:
+            return None
+        return functools.partial(faster, *univariate.args, **univariate.keywords)
+    return next((faster for known, faster in _UNIVARIATE if known is univariate), None)
 
 
 def _reason_against_module(module: Any) -> str | None:
-    univariate = vars(module)["univariate"]
+    univariate = module.univariate
+    if _faster(univariate) is not None:
+        return None
     while type(univariate) is functools.partial:
         univariate = univariate.func
-    if univariate in _UNIVARIATE:
-        return None
-    return f"its univariate transformation is {getattr(univariate, '__name__', univariate)}"
+    name = getattr(univariate, "__name__", type(univariate).__name__)
+    return f"its univariate transformation is {name}"
 
 
 def _faster_sum(transform: Transform) -> Transform:
-    if type(transform) is DependentTransform:
-        transform.__class__ = FusedDependentTransform
+    if isinstance(transform, DependentTransform):
+        return FusedDependentTransform(transform.base, transform.reinterpreted)
     return transform
 
 
@@ -240,7 +242,8 @@ class _MakesFaster:
 
     @property
     def univariate(self) -> Callable:
-        return _faster(vars(self)["univariate"])
+        own = vars(self)["univariate"]
+        return _faster(own) or own
 
     @univariate.setter
     def univariate(self, value: Callable) -> None:
@@ -268,46 +271,26 @@ class FusedMaskedAutoregressiveTransform(_MakesFaster, MaskedAutoregressiveTrans
         return _faster_sum(super().meta(c, x))
 
 
-_UNIVARIATES = (
-    CircularRQSTransform,
-    DependentTransform,
-    MonotonicAffineTransform,
-    MonotonicRQSTransform,
-)
+def _module_swap(original: type[Any], fused: type[Any], fingerprint: str) -> Swap:
+    made = (
+        CircularRQSTransform,
+        DependentTransform,
+        MonotonicAffineTransform,
+        MonotonicRQSTransform,
+    )
+    return Swap(original, fused, fingerprint, made, _reason_against_module)
+
 
 LIBRARY = Library(
     name="zuko",
     distribution="zuko",
     tested=("1.6.0",),
     swaps=(
-        Swap(
-            DependentTransform,
-            FusedDependentTransform,
-            "9da7ebd93d93861a",
-            (MonotonicAffineTransform,),
+        _module_swap(ElementWiseTransform, FusedElementWiseTransform, "cbfef03037f83449"),
+        _module_swap(GeneralCouplingTransform, FusedGeneralCouplingTransform, "ff0c14d11d194a67"),
+        _module_swap(
+            MaskedAutoregressiveTransform, FusedMaskedAutoregressiveTransform, "13deee74e816b218"
         ),
-        Swap(
-            ElementWiseTransform,
-            FusedElementWiseTransform,
-            "cbfef03037f83449",
-            _UNIVARIATES,
-            _reason_against_module,
-        ),
-        Swap(
-            GeneralCouplingTransform,
-            FusedGeneralCouplingTransform,
-            "ff0c14d11d194a67",
-            _UNIVARIATES,
-            _reason_against_module,
-        ),
-        Swap(
-            MaskedAutoregressiveTransform,
-            FusedMaskedAutoregressiveTransform,
-            "13deee74e816b218",
-            _UNIVARIATES,
-            _reason_against_module,
-        ),
-        Swap(MonotonicAffineTransform, FusedMonotonicAffineTransform, "a3e3d7e7fd28703d", ()),
         Swap(MonotonicRQSTransform, FusedMonotonicRQSTransform, "a64b379cb2fa7c2e", ()),
     ),
 )
