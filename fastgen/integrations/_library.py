@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import torch
+
 __all__ = ["Function", "Library", "Swap", "find", "fingerprint", "loaded", "names", "run_own_code"]
 
 _log = logging.getLogger("fastgen")
@@ -122,8 +124,11 @@ class Library:
 def fingerprint(*pieces: type | Callable) -> str:
     """A digest of the source of classes and functions, comments and all."""
     digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(textwrap.dedent(inspect.getsource(inspect.unwrap(piece))).encode())
+    with warnings.catch_warnings():
+        # inspect parses the file, which may hold escapes that Python warns of
+        warnings.simplefilter("ignore")
+        for piece in pieces:
+            digest.update(textwrap.dedent(inspect.getsource(inspect.unwrap(piece))).encode())
     return digest.hexdigest()[:16]
 
 
@@ -162,7 +167,16 @@ def loaded() -> Iterator[Library]:
             yield find(name)
 
 
-@functools.cache
 def run_own_code(name: str, reason: str) -> None:
     """Says once in the log that calls of `name` run the library's own code, and why."""
+    # torch.compile follows neither a cache nor a log
+    if not torch.compiler.is_compiling():
+        _say(name, reason)
+
+
+@functools.cache
+def _say(name: str, reason: str) -> None:
     _log.debug("%s: the library's own code: %s", name, reason)
+
+
+run_own_code.cache_clear = _say.cache_clear  # type: ignore[attr-defined]
