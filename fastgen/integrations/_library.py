@@ -136,6 +136,7 @@ def fingerprint(*pieces: type | Callable) -> str:
 _FILES = {
     "diffusers": "diffusers",
     "nflows": "nflows",
+    "normflows": "normflows",
     "torch.nn": "torch_nn",
     "zuko": "zuko",
 }
