@@ -134,6 +134,7 @@ def fingerprint(*pieces: type | Callable) -> str:
 
 #: The libraries covered, and the file of this package that covers each.
 _FILES = {
+    "FrEIA": "freia",
     "diffusers": "diffusers",
     "nflows": "nflows",
     "normflows": "normflows",
