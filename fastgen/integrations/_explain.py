@@ -54,5 +54,11 @@ def _explain_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Exp
                     return Explanation(name, "fastgen")
                 return Explanation(name, library.name, {"fastgen": reason})
     report = _patch.state(module)
-    reason = report.left[0].reason if report.left else "fastgen does not cover this class"
+    if any(piece.path == "" for piece in report.left):
+        reason = report.left[0].reason
+    elif report.replaced:
+        parts = ", ".join(piece.path for piece in report.replaced)
+        reason = f"fastgen does not cover this class; of its parts, {parts} run on fastgen"
+    else:
+        reason = "fastgen does not cover this class"
     return Explanation(type(module).__name__, "its own code", {"fastgen": reason})
