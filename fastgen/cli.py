@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        exit status: 0, 1 (the training failed), 2 (a bad request) or 130 (interrupted).
+        exit status: 0, 1 (the training failed), 2 (a bad request), 130 (interrupted) or 143
+        (stopped by SIGTERM, with a checkpoint).
     """
     arguments = command_line(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -104,14 +106,17 @@ def needs_training(command: Callable[[Sequence[str]], int]) -> Callable[[Sequenc
                 f"{', '.join(missing)} not installed; run: pip install 'fastgen[train]'"
             )
         from fastgen.data import DataError
-        from fastgen.training.errors import NonFiniteLossError, RunError
+        from fastgen.training.errors import NonFiniteLossError, RunError, TrainingStopped
+        from fastgen.training.processes import leave_process_group
 
+        statuses = {NonFiniteLossError: 1, TrainingStopped: 128 + signal.SIGTERM}
         try:
-            return command(arguments)
-        except NonFiniteLossError as error:
-            return _fail(error, 1)
+            status = command(arguments)
         except (RunError, DataError) as error:
-            raise CommandError(str(error)) from error
+            status = _fail(error, statuses.get(type(error), 2))
+        # the error is gone by now, and with it the networks that its traceback held
+        leave_process_group()
+        return status
 
     return checked
 
@@ -137,10 +142,8 @@ def _train(arguments: Sequence[str]) -> int:
             return 0
         wanted = parse_train_options(recipe, rest)
         run = start_run(recipe, wanted.config, wanted.run_dir)
-    processes = PartialState()
-    if processes.is_main_process:
+    if PartialState().is_main_process:
         print(f"done: {run.path}")
-    processes.destroy_process_group()
     return 0
 
 

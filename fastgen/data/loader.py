@@ -55,20 +55,28 @@ class BatchLoader:
         self.index = 0
         part = batch_size // world_size
         self._part = slice(rank * part, (rank + 1) * part)
-        self._order = self._shuffle()
+        self._order = self._shuffle(self.epoch)
 
-    def _shuffle(self) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+    def _shuffle(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         return torch.randperm(self.size, generator=generator)
 
     def next_batch(self) -> dict[str, Tensor]:
         """The next batch, each tensor (batch_size / world_size, ...), on `device`."""
         if (self.index + 1) * self.batch_size > self.size:
             self.epoch, self.index = self.epoch + 1, 0
-            self._order = self._shuffle()
-        start = self.index * self.batch_size
-        rows = self._order[start : start + self.batch_size][self._part]
+            self._order = self._shuffle(self.epoch)
         self.index += 1
+        return self._take(self._order, self.index - 1)
+
+    def batch_of(self, call: int) -> dict[str, Tensor]:
+        """What the `call`-th `next_batch`, from 0, gave or will give; the position stays."""
+        epoch, index = divmod(call, self.size // self.batch_size)
+        return self._take(self._shuffle(epoch), index)
+
+    def _take(self, order: Tensor, index: int) -> dict[str, Tensor]:
+        start = index * self.batch_size
+        rows = order[start : start + self.batch_size][self._part]
         return {
             key: value[rows].to(self.device, non_blocking=True)
             for key, value in self.tensors.items()
@@ -81,4 +89,4 @@ class BatchLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position that `state_dict` gave."""
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
-        self._order = self._shuffle()
+        self._order = self._shuffle(self.epoch)

@@ -1,8 +1,14 @@
 """The training engine, tasks, checkpoints and run folders; needs the extra `fastgen[train]`."""
 
 from fastgen.training.config import EngineConfig
-from fastgen.training.engine import Engine, make_accelerator
-from fastgen.training.errors import CheckpointError, NonFiniteLossError, RunError
+from fastgen.training.engine import Engine
+from fastgen.training.errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    RunError,
+    TrainingStopped,
+)
+from fastgen.training.processes import leave_process_group, make_accelerator
 from fastgen.training.run_folder import RunFolder
 from fastgen.training.runs import evaluate_run, load_run, resume_run, sample_run, start_run
 from fastgen.training.tasks import RECIPES, Recipe
@@ -16,7 +22,9 @@ __all__ = [
     "Recipe",
     "RunError",
     "RunFolder",
+    "TrainingStopped",
     "evaluate_run",
+    "leave_process_group",
     "load_run",
     "make_accelerator",
     "resume_run",

@@ -18,16 +18,20 @@ from tqdm import tqdm
 
 from fastgen.training import checkpoint as ckpt
 from fastgen.training.config import EngineConfig
-from fastgen.training.errors import CheckpointError, NonFiniteLossError, RunError
+from fastgen.training.errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    RunError,
+    TrainingStopped,
+)
+from fastgen.training.processes import StopRequest
 from fastgen.training.rng import get_rng_state, seed_all, set_rng_state
 from fastgen.training.run_folder import MetricsLog, RunFolder
 from fastgen.training.stage_run import StageRun
 from fastgen.training.tasks.base import Stage, Task
 
 
-def make_accelerator(config: EngineConfig) -> Accelerator:
-    """The process group and device that the launcher and `config` ask for."""
-    return Accelerator(cpu=config.cpu, mixed_precision=config.mixed_precision)
+_NAMED = 5
 
 
 class Engine:
@@ -37,7 +41,7 @@ class Engine:
         task: built under `seed_all(config.seed)`, on the CPU.
         config: engine options.
         run: the run folder, created or opened.
-        accelerator: from `make_accelerator`.
+        accelerator: from `fastgen.training.processes.make_accelerator`.
     """
 
     def __init__(self, task: Task, config: EngineConfig, run: RunFolder, accelerator: Accelerator):
@@ -47,6 +51,7 @@ class Engine:
         self.accelerator = accelerator
         self.step = 0
         self._clock = 0.0
+        self._stop = StopRequest(accelerator)
         self._log: MetricsLog | None = None
         for module in task.modules.values():
             module.to(accelerator.device)
@@ -54,8 +59,11 @@ class Engine:
     def train(self, *, resume: bool = False) -> None:
         """Train all stages to their end, from the newest sound checkpoint if `resume`.
 
+        SIGTERM ends it early: after the step, with a checkpoint.
+
         Raises:
-            NonFiniteLossError: the loss is NaN or infinite.
+            NonFiniteLossError: the loss or a weight is NaN or infinite; no checkpoint has it.
+            TrainingStopped: SIGTERM came.
             CheckpointError: no sound checkpoint although there are some, or one cannot be written.
             RunError: the run folder is in use or cannot be written.
         """
@@ -67,7 +75,8 @@ class Engine:
             restored = self._restore() if resume else None
             position = restored["progress"]["metrics_bytes"] if restored else 0
             self._log = MetricsLog(self.run, position, self.step) if main else None
-            self._run_stages(restored)
+            with self._stop:
+                self._run_stages(restored)
         finally:
             if self._log is not None:
                 self._log.close()
@@ -111,7 +120,11 @@ class Engine:
             return ends or self.step % every == 0
 
         config = self.config
-        if due(config.log_every) or due(config.checkpoint_every):
+        stop = self._stop.agreed(self.step)
+        save = stop or due(config.checkpoint_every)
+        if save:
+            current.note_bad_weights()
+        if save or due(config.log_every):
             self._check_finite(current)
         if due(config.log_every):
             self._write_means(current, bar)
@@ -121,19 +134,28 @@ class Engine:
             self._validate(current)
         if due(config.sample_every):
             self._draw(current)
-        if due(config.checkpoint_every):
+        if save:
             self._save(current)
+        if stop:
+            self.accelerator.wait_for_everyone()
+            raise TrainingStopped(
+                f"stopped by SIGTERM after step {self.step}, which is saved; go on with fastgen "
+                f"train --resume {self.run.path}"
+            )
 
     def _check_finite(self, current: StageRun) -> None:
         bad = current.first_bad_step()
         if bad is None:
             return
         step = self.step - current.steps_done + bad
-        terms = ", ".join(current.bad_terms()) or "found in another process"
+        names = current.bad_tensors(bad)
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        where = ", ".join(names[:_NAMED]) + more or "a tensor of another process"
         saved = ckpt.list_checkpoints(self.run.checkpoints)
         last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        remedy = "mend the data" if "of the batch" in where else "lower the learning rate"
         raise NonFiniteLossError(
-            f"the loss is NaN or infinite at step {step} ({terms}); {last}; lower the learning rate"
+            f"NaN or infinity at step {step} in {where}; {last}; {remedy}"
         )
 
     def _write_means(self, current: StageRun, bar: tqdm) -> None:

@@ -10,4 +10,8 @@ class CheckpointError(RunError):
 
 
 class NonFiniteLossError(RunError):
-    """The loss became NaN or infinite."""
+    """The loss, or a weight, became NaN or infinite."""
+
+
+class TrainingStopped(RunError):
+    """SIGTERM came; the run has a checkpoint of the step it stopped after."""

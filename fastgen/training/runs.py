@@ -21,7 +21,7 @@ from fastgen.metrics import (
     precision_recall_density_coverage,
 )
 from fastgen.training.checkpoint import load_newest, write_atomic
-from fastgen.training.engine import Engine, load_weights, make_accelerator
+from fastgen.training.engine import Engine, load_weights
 from fastgen.training.errors import RunError
 from fastgen.training.options import (
     config_from_dict,
@@ -29,6 +29,7 @@ from fastgen.training.options import (
     find_recipe,
     parse_train_options,
 )
+from fastgen.training.processes import make_accelerator
 from fastgen.training.rng import seed_all
 from fastgen.training.run_folder import RunFolder
 from fastgen.training.tasks.base import Task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -118,9 +119,20 @@ class StageRun:
         steps = self.accelerator.gather(self._bad_step[None])
         return min((int(step) for step in steps if step >= 0), default=None)
 
-    def bad_terms(self) -> list[str]:
-        """Which tensors that the losses logged in this interval, here, are not finite."""
-        return [name for name, value in self._sums.items() if not value.isfinite().all()]
+    def note_bad_weights(self) -> None:
+        """Count the last step as bad if it left a weight that is not finite: its loss may be."""
+        weights = [p for module in self.stage.modules.values() for p in module.parameters()]
+        bad = ~torch.stack([p.detach().isfinite().all() for p in weights]).all()
+        failed = (self._bad_step < 0) & bad
+        self._bad_step = torch.where(failed, self.steps_done, self._bad_step)
+
+    def bad_tensors(self, step: int) -> list[str]:
+        """Names of what is not finite, here: in the batch of a step, in what the losses logged in
+        this interval, or, if nothing there, among the weights."""
+        batch = self.loader.batch_of(step - 1)
+        names = [f"{name} of the batch" for name in _not_finite(batch)] + _not_finite(self._sums)
+        modules = self.stage.modules.items()
+        return names or [f"{m}.{name}" for m, net in modules for name in _not_finite(net.state_dict())]
 
     def take_means(self) -> tuple[dict[str, Tensor], int]:
         """Means of what the losses logged since the last call, over all processes; the steps."""
@@ -169,3 +181,7 @@ class StageRun:
         self._summed_steps = progress["summed_steps"]
         if self.accelerator.scaler is not None and progress["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, value in tensors.items() if not value.isfinite().all()]

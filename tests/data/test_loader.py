@@ -38,6 +38,17 @@ def test_goes_on_from_any_position(position):
         assert torch.equal(whole.next_batch()["x"], resumed.next_batch()["x"])
 
 
+def test_any_batch_can_be_had_again():
+    batches = loader(seed=3)
+    expected = [batches.next_batch()["x"] for _ in range(8)]
+    for call in (7, 0, 3, 2):
+        assert torch.equal(batches.batch_of(call)["x"], expected[call])
+    other = loader(seed=3)
+    for _ in range(8):
+        other.next_batch()
+    assert torch.equal(batches.next_batch()["x"], other.next_batch()["x"])
+
+
 def test_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     batches = loader()

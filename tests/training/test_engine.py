@@ -1,7 +1,9 @@
 """The engine over a small task of its own, with two phases a step."""
 
 import json
+import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,15 @@ from torch import nn
 
 from fastgen.training import checkpoint as ckpt
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
-from fastgen.training.engine import Engine, load_weights, make_accelerator
-from fastgen.training.errors import CheckpointError, NonFiniteLossError, RunError
+from fastgen.training import processes
+from fastgen.training.engine import Engine, load_weights
+from fastgen.training.errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    RunError,
+    TrainingStopped,
+)
+from fastgen.training.processes import make_accelerator
 from fastgen.training.rng import get_rng_state, seed_all, set_rng_state
 from fastgen.training.run_folder import RunFolder
 from fastgen.training.stage_run import StageRun
@@ -161,11 +170,98 @@ def test_a_nan_loss_stops_the_run(tmp_path, poison_at):
     step = (poison_at + 1) // 2
     term = "first" if poison_at % 2 else "second"
     where = "step-00000010" if step > 10 else "there is no checkpoint yet"
-    with pytest.raises(NonFiniteLossError, match=rf"at step {step} \({term}_loss.*{where}"):
+    with pytest.raises(NonFiniteLossError, match=rf"at step {step} in {term}_loss.*{where}"):
         engine.train()
+    assert_saved_weights_are_finite(engine)
+
+
+def assert_saved_weights_are_finite(engine):
     for path in ckpt.list_checkpoints(engine.run.checkpoints):
         weights = ckpt.load_checkpoint(path)["model"]
         assert all(value.isfinite().all() for state in weights.values() for value in state.values())
+
+
+def test_nan_in_a_batch_is_found_in_the_batch(tmp_path):
+    task = RegressionTask()
+    tensors = task.stages[0].train_tensors()
+    tensors["x"][11, 2] = float("nan")
+    task.stages[0].train_tensors = lambda: tensors
+    engine = build(tmp_path, task)
+    # an epoch is four batches of 16: the row comes in one of them
+    with pytest.raises(NonFiniteLossError, match=r"at step [1-4] in x of the batch.*mend the data"):
+        engine.train()
+
+
+def test_a_nan_gradient_of_a_finite_loss_is_not_saved(tmp_path):
+    """The last step before a checkpoint leaves weights that only the next step would show."""
+    task = RegressionTask()
+    stage = task.stages[0]
+    plain = stage.loss
+
+    def loss(phase, nets, batch):
+        found = plain(phase, nets, batch)
+        if stage.calls != 40:
+            return found
+        weight = task.modules["second"].weight
+        return found._replace(loss=found.loss + (weight - weight.detach()).square().sum().sqrt())
+
+    stage.loss = loss
+    engine = build(tmp_path, task)
+    expected = r"at step 20 in second.weight.*last good checkpoint is .*step-00000010"
+    with pytest.raises(NonFiniteLossError, match=expected):
+        engine.train()
+    assert_saved_weights_are_finite(engine)
+
+
+def test_sigterm_saves_stops_and_can_be_gone_on_from(tmp_path, monkeypatch):
+    whole = build(tmp_path / "whole", ema_decay=0.9)
+    whole.train()
+    stopped = build(tmp_path / "stopped", ema_decay=0.9)
+    step, before = StageRun.step, signal.getsignal(signal.SIGTERM)
+
+    def terminated(run):
+        step(run)
+        if run.steps_done == 13:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(StageRun, "step", terminated)
+    with pytest.raises(TrainingStopped, match="after step 13, which is saved; .*--resume"):
+        stopped.train()
+    assert signal.getsignal(signal.SIGTERM) == before
+    saved = [path.name for path in ckpt.list_checkpoints(stopped.run.checkpoints)]
+    assert saved == ["step-00000010", "step-00000013"]
+    monkeypatch.setattr(StageRun, "step", step)
+    resumed = build(stopped.run, ema_decay=0.9)
+    resumed.train(resume=True)
+    for a, b in zip(whole.task.modules.values(), resumed.task.modules.values(), strict=True):
+        assert torch.equal(a.weight, b.weight)
+    timing = "steps_per_second"
+    ours, theirs = (
+        [{k: v for k, v in line.items() if k != timing} for line in metrics(engine, "train")]
+        for engine in (resumed, whole)
+    )
+    assert ours == theirs
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = SimpleNamespace(num_processes=1)
+    monkeypatch.setattr(processes, "Accelerator", lambda **options: alone)
+    with pytest.raises(ValueError, match="2 processes were launched, .* a group of 1; launch with"):
+        make_accelerator(EngineConfig(cpu=True))
+
+
+def test_without_a_gpu_processes_meet_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    given = {}
+
+    def accelerator(**options):
+        given.update(options)
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(processes, "Accelerator", accelerator)
+    make_accelerator(EngineConfig(cpu=False))
+    assert given["cpu"] is True
 
 
 def test_a_complete_run_is_left_as_it_is(tmp_path):

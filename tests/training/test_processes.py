@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,26 +11,37 @@ import torch
 
 from fastgen.training.checkpoint import list_checkpoints, load_checkpoint
 
-OPTIONS = [
+OPTIONS = [  # no engine.cpu: without a GPU, processes meet on the CPU all the same
     "--autoencoder.steps=12",
     "--prior.steps=12",
     "--prior_model.dropout=0",
     "--model.kmeans_init=false",
     "--model.revive_after=null",
-    "--engine.cpu=true",
     "--engine.checkpoint_every=5",
     "--engine.log_every=4",
 ]
 
 
-def train(processes: int, folder, *options: str, program=("-m", "fastgen.cli")) -> dict:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launch, *program, "train", *options]
-    done = subprocess.run(
+def launch(
+    processes: int, *options: str, program=("-m", "fastgen.cli")
+) -> subprocess.CompletedProcess[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *torchrun, *program, "train", *options]
+    return subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
+
+
+def train(processes: int, folder, *options: str, program=("-m", "fastgen.cli")) -> dict:
+    done = launch(processes, *options, program=program)
     assert done.returncode == 0, done.stderr
     return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+
+
+def assert_alike(one: dict, two: dict, rtol: float, atol: float) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=rtol, atol=atol, msg=name)
 
 
 FLOW_OPTIONS = [
@@ -62,29 +74,75 @@ def test_two_processes_train_a_reversible_flow_as_one_does(tmp_path):
     assert max(moved) > 1e-3
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    whole = train(1, one, "vqvae", *OPTIONS, f"--run_dir={one}")
-    halves = train(2, two, "vqvae", *OPTIONS, f"--run_dir={two}")
-    assert len(halves["rng"]["torch"]) == 2
-    for module in ("autoencoder", "prior"):
-        for name, value in whole["model"][module].items():
-            other = halves["model"][module][name]
-            torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
+CODEBOOKS = {
+    "ema": [],
+    "gradient": ["--model.codebook=gradient"],
+    "residual": ["--model.quantizers=2"],
+}
 
-    # a checkpoint of two processes goes on with two, bit for bit
-    for step in (20, 24):
-        (two / f"checkpoints/step-{step:08d}").rename(tmp_path / f"{step}")
-    config = (two / "config.yaml").read_text()
-    (two / "checkpoints").rename(tmp_path / "old")
-    (two / "checkpoints").mkdir()
-    (tmp_path / "20").rename(two / "checkpoints/step-00000020")
-    again = train(2, two, f"--resume={two}")
-    assert (two / "config.yaml").read_text() == config
-    for module in ("autoencoder", "prior"):
-        for name, value in halves["model"][module].items():
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_two_processes_equal_one(tmp_path, codebook):
+    """Gradients by AdamW's moments, which are linear in them and not, as its steps, blind to their
+    scale; weights, codebooks and their statistics."""
+    options = [*OPTIONS, *CODEBOOKS[codebook], "--engine.keep_checkpoints=9"]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for processes, run in enumerate(runs, 1):
+        train(processes, run, "vqvae", *options, f"--run_dir={run}")
+    for step, stage in ((5, "autoencoder"), (12, "autoencoder"), (24, "prior")):
+        one, two = (load_checkpoint(run / f"checkpoints/step-{step:08d}") for run in runs)
+        assert len(two["rng"]["torch"]) == 2
+        moments = [
+            {i: state["exp_avg"] for i, state in s["optimizers"][stage]["state"].items()}
+            for s in (one, two)
+        ]
+        largest = max(float(value.abs().max()) for value in moments[0].values())
+        assert largest > 1e-4
+        assert_alike(*moments, rtol=1e-3, atol=1e-3 * largest)
+        for module, weights in one["model"].items():
+            assert_alike(weights, two["model"][module], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_two_after_sigterm(tmp_path):
+    """It comes to one of them; both stop after the same step, leave no thread behind, and end with
+    the bits of a run that was not stopped."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected = train(2, whole, "vqvae", *OPTIONS, f"--run_dir={whole}")
+    program = (str(Path(__file__).with_name("ranks_stop.py")),)
+    done = launch(2, "vqvae", *OPTIONS, f"--run_dir={stopped}", program=program)
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert f"rank {rank} status 143 threads" in done.stdout, done.stderr
+    assert "gloo" not in done.stdout
+    assert "stopped by SIGTERM after step 10, which is saved" in done.stderr
+    assert list_checkpoints(stopped / "checkpoints")[-1].name == "step-00000010"
+    assert len(load_checkpoint(stopped / "checkpoints/step-00000010")["rng"]["torch"]) == 2
+    again = train(2, stopped, f"--resume={stopped}")
+    for module, weights in expected["model"].items():
+        for name, value in weights.items():
             assert torch.equal(again["model"][module][name], value), name
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_leaves_a_checkpoint(tmp_path):
+    """torchrun, told to stop, tells its processes."""
+    run = tmp_path / "run"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = [*OPTIONS, "--autoencoder.steps=100000", "--engine.checkpoint_every=100000"]
+    command = [sys.executable, *torchrun, "-m", "fastgen.cli", "train", "vqvae", *options]
+    launcher = subprocess.Popen(
+        [*command, f"--run_dir={run}"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    log = run / "metrics.jsonl"
+    while launcher.poll() is None and not (log.exists() and '"train"' in log.read_text()):
+        time.sleep(0.1)
+    launcher.terminate()
+    _, errors = launcher.communicate(timeout=120)
+    assert errors.count("stopped by SIGTERM after step") == 2, errors
+    (path,) = list_checkpoints(run / "checkpoints")
+    assert load_checkpoint(path)["progress"]["steps_done"] % 10 == 0
 
 
 STYLEGAN_OPTIONS = [
