@@ -109,7 +109,7 @@ def needs_training(command: Callable[[Sequence[str]], int]) -> Callable[[Sequenc
         from fastgen.training.errors import NonFiniteLossError, RunError, TrainingStopped
         from fastgen.training.processes import leave_process_group
 
-        statuses = {NonFiniteLossError: 1, TrainingStopped: 128 + signal.SIGTERM}
+        statuses: dict[type, int] = {NonFiniteLossError: 1, TrainingStopped: 128 + signal.SIGTERM}
         try:
             status = command(arguments)
         except (RunError, DataError) as error:

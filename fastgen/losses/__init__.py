@@ -16,6 +16,7 @@ from fastgen.losses.likelihoods import (
     Gaussian,
     Likelihood,
     check_unit_range,
+    make_likelihood,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Likelihood",
     "check_unit_range",
     "gradient_penalty",
+    "make_likelihood",
     "nonsaturating_discriminator_loss",
     "nonsaturating_generator_loss",
     "r1_penalty",

@@ -172,6 +172,23 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 }
 
 
+def make_likelihood(
+    name: str, channels: int, *, scale: str = "shared", levels: int = 256
+) -> Likelihood:
+    """The likelihood of a name of `LIKELIHOODS`; scale and levels where it has them.
+
+    Raises:
+        ValueError: an unknown name, or options that it does not have.
+    """
+    if name not in LIKELIHOODS:
+        raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {name!r}")
+    if name == "bernoulli":
+        return Bernoulli()
+    if name == "gaussian":
+        return Gaussian(channels, scale)
+    return DiscretizedLogistic(channels, scale, levels)
+
+
 def _at_least_float32(parameters: Tensor) -> Tensor:
     return parameters.to(torch.promote_types(parameters.dtype, torch.float32))
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgen.losses import LIKELIHOODS, Bernoulli, DiscretizedLogistic, Gaussian, Likelihood
+from fastgen.losses import make_likelihood
 from fastgen.models import vae_nets
 from fastgen.nn import GaussianReparam
 from fastgen.random import draw_key
@@ -70,14 +70,13 @@ class VAE(nn.Module):
     ):
         super().__init__()
         _check_choice("network", network, NETWORKS)
-        _check_choice("likelihood", likelihood, LIKELIHOODS)
         _check_choice("kl", kl, _KLS)
         if latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
         self.image_shape = image_shape
         self.latent_dim = latent_dim
         self.kl = kl
-        self.likelihood = _make_likelihood(likelihood, image_shape[0], scale, levels)
+        self.likelihood = make_likelihood(likelihood, image_shape[0], scale=scale, levels=levels)
         out_channels = image_shape[0] * self.likelihood.parameters_per_pixel
         self.encoder, self.decoder = NETWORKS[network](
             image_shape, latent_dim, out_channels, **network_options
@@ -233,14 +232,6 @@ def _log_ratio(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 def _parts(total: int, most: int) -> list[int]:
     """`total` as a sum of numbers up to `most`."""
     return [min(most, total - done) for done in range(0, total, most)]
-
-
-def _make_likelihood(name: str, channels: int, scale: str, levels: int) -> Likelihood:
-    if name == "bernoulli":
-        return Bernoulli()
-    if name == "gaussian":
-        return Gaussian(channels, scale)
-    return DiscretizedLogistic(channels, scale, levels)
 
 
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:

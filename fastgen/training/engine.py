@@ -30,7 +30,6 @@ from fastgen.training.run_folder import MetricsLog, RunFolder
 from fastgen.training.stage_run import StageRun
 from fastgen.training.tasks.base import Stage, Task
 
-
 _NAMED = 5
 
 
@@ -154,9 +153,7 @@ class Engine:
         saved = ckpt.list_checkpoints(self.run.checkpoints)
         last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         remedy = "mend the data" if "of the batch" in where else "lower the learning rate"
-        raise NonFiniteLossError(
-            f"NaN or infinity at step {step} in {where}; {last}; {remedy}"
-        )
+        raise NonFiniteLossError(f"NaN or infinity at step {step} in {where}; {last}; {remedy}")
 
     def _write_means(self, current: StageRun, bar: tqdm) -> None:
         means, steps = current.take_means()

@@ -132,7 +132,9 @@ class StageRun:
         batch = self.loader.batch_of(step - 1)
         names = [f"{name} of the batch" for name in _not_finite(batch)] + _not_finite(self._sums)
         modules = self.stage.modules.items()
-        return names or [f"{m}.{name}" for m, net in modules for name in _not_finite(net.state_dict())]
+        return names or [
+            f"{m}.{name}" for m, net in modules for name in _not_finite(net.state_dict())
+        ]
 
     def take_means(self) -> tuple[dict[str, Tensor], int]:
         """Means of what the losses logged since the last call, over all processes; the steps."""

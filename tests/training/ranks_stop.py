@@ -24,6 +24,8 @@ def step(self: StageRun) -> None:
 if __name__ == "__main__":
     StageRun.step = step
     status = main(sys.argv[1:])
-    names = {task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+    names = {
+        task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()
+    }
     print(f"\nrank {os.environ['RANK']} status {status} threads {sorted(names)}", flush=True)
     sys.exit(status)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastgen.training import checkpoint as ckpt
-from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
 from fastgen.training import processes
+from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
 from fastgen.training.engine import Engine, load_weights
 from fastgen.training.errors import (
     CheckpointError,

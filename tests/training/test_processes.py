@@ -11,12 +11,13 @@ import torch
 
 from fastgen.training.checkpoint import list_checkpoints, load_checkpoint
 
-OPTIONS = [  # no engine.cpu: without a GPU, processes meet on the CPU all the same
+OPTIONS = [
     "--autoencoder.steps=12",
     "--prior.steps=12",
     "--prior_model.dropout=0",
     "--model.kmeans_init=false",
     "--model.revive_after=null",
+    "--engine.cpu=true",
     "--engine.checkpoint_every=5",
     "--engine.log_every=4",
 ]
@@ -131,6 +132,8 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint(tmp_path):
     run = tmp_path / "run"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = [*OPTIONS, "--autoencoder.steps=100000", "--engine.checkpoint_every=100000"]
+    # where there is no GPU, processes meet on the CPU without being told
+    options += [f"--engine.cpu={str(torch.cuda.is_available()).lower()}"]
     command = [sys.executable, *torchrun, "-m", "fastgen.cli", "train", "vqvae", *options]
     launcher = subprocess.Popen(
         [*command, f"--run_dir={run}"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,8 +1,8 @@
 """VQ-VAE in two stages: the autoencoder, then an autoregressive prior on its frozen codes.
 
-van den Oord et al., 2017 (arXiv 1711.00937): the first stage minimises eq. 3 with the
-reconstruction error in units of the data's variance, the second the negative log likelihood of the
-codes (section 3.3).
+van den Oord et al., 2017 (arXiv 1711.00937): the first stage minimises eq. 3, the second the
+negative log likelihood of the codes (section 3.3). The reconstruction term is the negative log
+likelihood, in nats a dimension, or the squared error in units of the data's variance.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen.data import ImageDataset, ImageSplit
-from fastgen.metrics import code_histogram, codebook_perplexity, codebook_usage
+from fastgen.data import ImageDataset
+from fastgen.losses import check_unit_range
 from fastgen.models import VQVAE, CodePrior
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
 from fastgen.training.tasks.base import (
@@ -26,8 +26,16 @@ from fastgen.training.tasks.base import (
     Stage,
     Task,
 )
+from fastgen.training.tasks.vqvae_measures import (
+    code_histograms,
+    codebook_measures,
+    encode_all,
+    fit_pixels,
+    likelihood_measures,
+    prior_measures,
+    reconstruction_measures,
+)
 
-_EVAL_BATCH = 500
 _DRAWN = 32
 _DRAW_SEED = 1234
 
@@ -42,6 +50,14 @@ class ModelConfig:
         channels: width of the convolutions.
         residual_blocks: residual blocks in encoder and decoder each.
         downsamplings: halvings of the image's side.
+        quantizers: codes a position, each of a codebook of its own that quantizes what the ones
+            before it left.
+        likelihood: of the pixels given the codes. Bernoulli is for binary images; the discretised
+            logistic gives a probability to each stored value; mse: squared errors, and for
+            evaluation a discretised logistic of one scale a channel, fitted to the training images.
+        scale: of the discretised logistic: given by the decoder for a pixel, or learned for a
+            channel.
+        levels: how many values a pixel has, for the discretised logistic.
         codebook: how the codebook learns: moving averages or the gradient.
         decay: decay of the moving averages.
         commitment_weight: beta of eq. 3.
@@ -54,6 +70,10 @@ class ModelConfig:
     channels: int = 64
     residual_blocks: int = 2
     downsamplings: int = 1
+    quantizers: int = 1
+    likelihood: Literal["mse", "bernoulli", "discretized-logistic"] = "mse"
+    scale: Literal["pixel", "shared"] = "pixel"
+    levels: int = 256
     codebook: Literal["ema", "gradient"] = "ema"
     decay: float = 0.99
     commitment_weight: float = 0.25
@@ -113,6 +133,7 @@ _LARGE: dict[str, Any] = {
     "model.num_codes": 256,
     "model.code_dim": 32,
     "model.downsamplings": 2,
+    "model.likelihood": "discretized-logistic",
     "prior_model.width": 192,
     "prior_model.layers": 4,
     "prior_model.dropout": 0.1,
@@ -120,10 +141,10 @@ _LARGE: dict[str, Any] = {
     "prior.steps": 20_000,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"model.decay": 0.95, "model.revive_after": 20},
+    "digits": {"model.decay": 0.95, "model.revive_after": 20, "model.levels": 17},
     "mnist": _LARGE,
     "fashion-mnist": _LARGE,
-    "binarized-mnist": _LARGE,
+    "binarized-mnist": _LARGE | {"model.likelihood": "bernoulli"},
     "cifar10": _LARGE | {"model.num_codes": 512, "model.code_dim": 64, "model.channels": 128},
 }
 
@@ -137,7 +158,7 @@ class AutoencoderStage(Stage):
         self.config = config
         self.modules = {"autoencoder": model}
         self.dataset = dataset
-        self.num_codes = model.num_codes
+        self.model = model
         self.variance = data_variance(dataset)
 
     def train_tensors(self) -> dict[str, Tensor | None]:
@@ -147,20 +168,17 @@ class AutoencoderStage(Stage):
         images = batch["images"]
         output = nets["autoencoder"](images)
         relative_mse = (output.reconstruction.float() - images).square().mean() / self.variance
-        loss = relative_mse + output.vq_loss
-        return PhaseLoss(
-            loss,
-            {
-                "loss": loss,
-                "relative_mse": relative_mse,
-                "vq_loss": output.vq_loss,
-                "histogram": code_histogram(output.codes, self.num_codes),
-            },
-        )
+        reconstruction, logs = relative_mse, {"relative_mse": relative_mse}
+        if output.log_likelihood is not None:
+            reconstruction = -output.log_likelihood.mean() / images[0].numel()
+            logs["nats_per_dim"] = reconstruction
+        loss = reconstruction + output.vq_loss
+        logs |= {"loss": loss, "vq_loss": output.vq_loss}
+        return PhaseLoss(loss, logs | {"histograms": code_histograms(output.codes, self.model)})
 
     def summarise(self, logs: dict[str, Tensor]) -> dict[str, float]:
-        scalars = {name: logs[name].item() for name in ("loss", "relative_mse", "vq_loss")}
-        return scalars | _codebook_measures(logs["histogram"])
+        scalars = {name: value.item() for name, value in logs.items() if name != "histograms"}
+        return scalars | codebook_measures(logs["histograms"])
 
     def validate(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         return reconstruction_measures(_vqvae(modules), self.dataset.valid, self.variance)
@@ -217,7 +235,7 @@ class VQVAETask(Task):
     """Autoencoder and prior for one data set.
 
     Raises:
-        ValueError: sizes that do not fit the images.
+        ValueError: sizes that do not fit the images, or images that the likelihood is not for.
     """
 
     def __init__(self, config: VQVAEConfig, dataset: ImageDataset):
@@ -228,7 +246,10 @@ class VQVAETask(Task):
         prior = CodePrior(
             model.num_codes, model.grid_shape, num_classes=num_classes, **prior_options
         )
-        self.autoencoder, self.prior = model, prior
+        for name in ("train", "valid", "test"):
+            check = check_unit_range if model.likelihood is None else model.likelihood.check
+            check(getattr(dataset, name).images, f"{name} images of {dataset.name}")
+        self.autoencoder, self.prior, self.levels = model, prior, config.model.levels
         self.modules = {"autoencoder": model, "prior": prior}
         self.stages = [
             AutoencoderStage(config.autoencoder, model, dataset),
@@ -245,10 +266,14 @@ class VQVAETask(Task):
         return self.autoencoder.decode(codes)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        variance = data_variance(self.dataset)
+        model, prior, variance = self.autoencoder, self.prior, data_variance(self.dataset)
+        pixels = None
+        if model.likelihood is None:
+            pixels = fit_pixels(model, self.dataset.train.images, self.levels)
         return {
-            name: reconstruction_measures(self.autoencoder, split, variance)
-            | prior_measures(self.prior, self.autoencoder, split)
+            name: reconstruction_measures(model, split, variance)
+            | prior_measures(prior, model, split)
+            | likelihood_measures(model, prior, split, pixels)
             for name, split in (("valid", self.dataset.valid), ("test", self.dataset.test))
         }
 
@@ -261,50 +286,6 @@ def data_variance(dataset: ImageDataset) -> float:
 def balanced_labels(num: int, num_classes: int | None, device: torch.device) -> Tensor | None:
     """(num,) labels 0, 1, ... over and over; None without classes."""
     return None if num_classes is None else torch.arange(num, device=device) % num_classes
-
-
-@torch.no_grad()
-def encode_all(model: VQVAE, images: Tensor) -> Tensor:
-    """Codes (N, h, w) of all images (N, C, H, W), on the CPU."""
-    device = next(model.parameters()).device
-    return torch.cat([model.encode(part.to(device)).cpu() for part in images.split(_EVAL_BATCH)])
-
-
-@torch.no_grad()
-def reconstruction_measures(model: VQVAE, split: ImageSplit, variance: float) -> dict[str, float]:
-    """Mean squared error, also relative to the data's variance, and the use of the codebook."""
-    device = next(model.parameters()).device
-    error, histogram = 0.0, torch.zeros(model.num_codes)
-    for images in split.images.split(_EVAL_BATCH):
-        codes = model.encode(images.to(device))
-        error += (model.decode(codes).cpu() - images).square().sum().item()
-        histogram += code_histogram(codes, model.num_codes).cpu() * len(images)
-    mse = error / split.images.numel()
-    return {"mse": mse, "relative_mse": mse / variance} | _codebook_measures(histogram)
-
-
-@torch.no_grad()
-def prior_measures(prior: CodePrior, autoencoder: VQVAE, split: ImageSplit) -> dict[str, float]:
-    """Negative log likelihood of the codes, in nats a code, beside that of uniform codes, log K."""
-    device = prior.position.device
-    total = 0.0
-    labels = split.labels if prior.num_classes is not None else None
-    codes = encode_all(autoencoder, split.images)
-    for i in range(0, len(codes), _EVAL_BATCH):
-        part = slice(i, i + _EVAL_BATCH)
-        given = None if labels is None else labels[part].to(device)
-        total -= prior.log_prob(codes[part].to(device), given).sum().item()
-    return {
-        "nats_per_code": total / codes.numel(),
-        "uniform_nats_per_code": math.log(prior.num_codes),
-    }
-
-
-def _codebook_measures(histogram: Tensor) -> dict[str, float]:
-    return {
-        "usage": codebook_usage(histogram).item(),
-        "perplexity": codebook_perplexity(histogram).item(),
-    }
 
 
 def _vqvae(modules: Mapping[str, nn.Module]) -> VQVAE:
