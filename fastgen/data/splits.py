@@ -28,13 +28,28 @@ class ImageSplit:
 
 @dataclass
 class ImageDataset:
-    """The three splits of one data set; `num_classes` is None without labels."""
+    """The three splits of one data set; `num_classes` is None without labels.
+
+    Raises:
+        DataError: a label that is not in [0, num_classes).
+    """
 
     name: str
     train: ImageSplit
     valid: ImageSplit
     test: ImageSplit
     num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        classes = self.num_classes
+        for labels in (self.train.labels, self.valid.labels, self.test.labels):
+            if classes is None or labels is None:
+                continue
+            if not ((labels >= 0) & (labels < classes)).all():
+                raise DataError(
+                    f"data set {self.name!r}: labels must be in [0, {classes}), got "
+                    f"[{labels.min()}, {labels.max()}]"
+                )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -47,7 +62,8 @@ def make_dataset(name: str, splits: list[ImageSplit]) -> ImageDataset:
     """Train, validation and test as one data set.
 
     Raises:
-        DataError: a split is empty, of another image size, or has not as many labels as images.
+        DataError: a split is empty, of another image size, or has not as many labels as images; or
+            labels that are no numbers of classes.
     """
     shapes = {tuple(split.images.shape[1:]) for split in splits}
     if len(shapes) > 1 or any(len(split) == 0 for split in splits):
@@ -57,6 +73,12 @@ def make_dataset(name: str, splits: list[ImageSplit]) -> ImageDataset:
         _check_labels(name, split)
     labels = [split.labels for split in splits if split.labels is not None]
     num_classes = int(torch.cat(labels).max()) + 1 if len(labels) == len(splits) else None
+    total = sum(len(split) for split in splits)
+    if num_classes is not None and num_classes > total:
+        raise DataError(
+            f"data set {name!r}: labels must number the classes from 0, but the largest is "
+            f"{num_classes - 1} among {total} images"
+        )
     train, valid, test = splits
     return ImageDataset(name, train, valid, test, num_classes)
 

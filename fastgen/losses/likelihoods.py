@@ -40,7 +40,7 @@ class Likelihood(nn.Module):
 
     @abstractmethod
     def mean(self, parameters: Tensor) -> Tensor:
-        """E[x]: (..., P * C, H, W) -> (..., C, H, W)."""
+        """What to show of x, E[x] unless said otherwise: (..., P * C, H, W) -> (..., C, H, W)."""
 
     @abstractmethod
     def sample(self, parameters: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -137,6 +137,10 @@ class DiscretizedLogistic(_LocationScale):
         if levels < 2:
             raise ValueError(f"levels must be at least 2, got {levels}")
         self.levels = levels
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The median, within [0, 1]: for values of the end bins, the location is far outside."""
+        return super().mean(parameters).clamp(0, 1)
 
     def log_prob(self, parameters: Tensor, images: Tensor) -> Tensor:
         mean, log_scale = self._split(parameters)

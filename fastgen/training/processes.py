@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -26,7 +27,7 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
     Raises:
         ValueError: the launcher started several processes, but this one would train alone.
     """
-    launched = get_int_from_env(_WORLD_SIZE, 1)
+    launched = _launched()
     if launched > 1:
         # Its functions keep the group there is when it is imported as their default, and with the
         # group gloo's threads, to the very end.
@@ -40,6 +41,17 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
             f"{accelerator.num_processes}; launch with torchrun, or unset {_WORLD_SIZE[0]}"
         )
     return accelerator
+
+
+def _launched() -> int:
+    """How many processes the launcher started."""
+    count = get_int_from_env(_WORLD_SIZE, 0)
+    if count == 0 and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
+        raise ValueError(
+            "accelerate launch starts one process on the CPU, however many it is told; launch with "
+            "torchrun --nproc-per-node N or accelerate launch --multi_gpu, or unset MASTER_ADDR"
+        )
+    return max(count, 1)
 
 
 def leave_process_group() -> None:

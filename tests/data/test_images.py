@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgen.data import DataError, load_images
+from fastgen.data import DataError, ImageDataset, ImageSplit, load_images
 
 ROOT = os.environ.get("FASTGEN_DATA")
 SPLITS = ("train", "valid", "test")
@@ -348,3 +348,13 @@ def test_real_files(name, shape, sizes):
         pytest.skip(str(error))
     assert dataset.image_shape == shape
     assert (len(dataset.train), len(dataset.valid), len(dataset.test)) == sizes
+
+
+def test_labels_that_are_no_classes(tmp_path):
+    images = np.zeros((30, 4, 4), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.arange(30) * 10**7)
+    with pytest.raises(DataError, match="must number the classes from 0, but the largest is 29000"):
+        load_images("x.npz", tmp_path)
+    part = ImageSplit(torch.zeros(2, 1, 4, 4), torch.tensor([0, 3]))
+    with pytest.raises(DataError, match=r"labels must be in \[0, 3\), got \[0, 3\]"):
+        ImageDataset("x", part, part, part, num_classes=3)

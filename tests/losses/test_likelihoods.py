@@ -91,6 +91,13 @@ def test_draws_have_the_mean_and_are_in_the_support(name):
     torch.testing.assert_close(means, expected, atol=0.02, rtol=0)
 
 
+def test_what_is_shown_of_end_values_is_within_the_range():
+    """Black pixels are likeliest with a location far below 0."""
+    likelihood = DiscretizedLogistic(1)
+    parameters = torch.tensor([-9.0, 0.2, 7.0]).view(3, 1, 1, 1)
+    torch.testing.assert_close(likelihood.mean(parameters).flatten(), torch.tensor([0, 0.7, 1.0]))
+
+
 def test_half_parameters_are_summed_in_float32():
     logits = torch.randn(1, 3, 32, 32).bfloat16()
     images = torch.ones(1, 3, 32, 32)

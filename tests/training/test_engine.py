@@ -251,6 +251,16 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch):
         make_accelerator(EngineConfig(cpu=True))
 
 
+def test_accelerate_launch_on_the_cpu_is_refused(monkeypatch):
+    """It sets an address for several processes, and starts one."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    make_accelerator(EngineConfig(cpu=True))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match="starts one process on the CPU.*torchrun"):
+        make_accelerator(EngineConfig(cpu=True))
+
+
 def test_without_a_gpu_processes_meet_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     given = {}
