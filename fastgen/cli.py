@@ -30,7 +30,7 @@ usage: fastgen COMMAND ...
         [--any.option VALUE]      train in a new run folder
   train --resume RUN [--data-root DIR]
   sample RUN [--num N] [--seed S] [--label L] [--temperature T] [--out PNG]
-  eval RUN [--features RUN] [--evaluation.OPTION=VALUE]
+  eval RUN [--features RUN|inception] [--evaluation.OPTION=VALUE]
                                   measures on held-out data; writes RUN/eval.json
   download DATA [--data-root DIR] fetch the files of a data set, with their checksums
   bench [OP]                      time an op against others (in a source checkout)
@@ -206,7 +206,9 @@ def _eval(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--data-root", help="where the data is, if it moved")
     parser.add_argument(
-        "--features", type=Path, help="run of recipe classifier: compare samples with test images"
+        "--features",
+        help="run of recipe classifier, or 'inception' (torchvision's): compare samples with test "
+        "images",
     )
     parser.add_argument("--num", type=_positive, default=10_000, help="samples for that (10000)")
     options, overrides = parser.parse_known_args(arguments)

@@ -1,7 +1,7 @@
 """Features of images: what Frechet distance, precision and recall compare.
 
-Any module that maps images to (N, D) serves. Without a network from outside, `fastgen train
-classifier` trains one on the data set itself.
+Any module that maps images to (N, D) serves. `fastgen train classifier` trains one on the data set
+itself, offline; `InceptionFeatures` needs torchvision.
 """
 
 from __future__ import annotations

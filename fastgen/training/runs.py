@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgen.data import resolve_data_root
+from fastgen.data import ImageSplit, resolve_data_root
 from fastgen.metrics import (
+    InceptionFeatures,
     extract_features,
     frechet_distance,
     precision_recall_density_coverage,
@@ -128,7 +129,7 @@ def evaluate_run(
     path: Path,
     data_root: str | None = None,
     *,
-    features: Path | None = None,
+    features: Path | Literal["inception"] | None = None,
     num: int = 10_000,
     overrides: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
@@ -138,7 +139,7 @@ def evaluate_run(
         path: the run folder.
         data_root: where the data is now, if it moved.
         features: a run of recipe `classifier`, by whose features samples are compared with the
-            images of its test split.
+            images of its test split; "inception": torchvision's, and the run's own test split.
         num: how many samples to draw for that.
         overrides: options of the recipe in the place of the run's, as "--evaluation.samples=5000".
 
@@ -148,7 +149,8 @@ def evaluate_run(
     task = load_run(path, data_root, overrides)
     measures = task.evaluate()
     if features is not None:
-        quality = sample_quality(task, load_run(features, data_root), num)
+        judge = _inception() if features == "inception" else load_run(Path(features), data_root)
+        quality = sample_quality(task, judge, num)
         measures["test"] = measures.get("test", {}) | quality
     try:
         write_atomic(path / "eval.json", json.dumps(measures, indent=1).encode())
@@ -157,15 +159,33 @@ def evaluate_run(
     return measures
 
 
-def sample_quality(task: Task, judge: Task, num: int, seed: int = 0) -> dict[str, float]:
-    """Frechet distance, precision, recall, density and coverage of `num` samples against the test
-    images that a classifier was held out, by its features.
+def _inception() -> InceptionFeatures:
+    try:
+        return InceptionFeatures()
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def sample_quality(
+    task: Task, judge: Task | nn.Module, num: int, seed: int = 0
+) -> dict[str, float]:
+    """Frechet distance, precision, recall, density and coverage of `num` samples against test
+    images, by features: a classifier's, and the images that it was held out, or those of a module
+    that maps images to (N, D), and the task's own.
 
     Raises:
-        RunError: the judge is no classifier, or its images are of another shape.
+        RunError: the judge is the task of another recipe, or its images are of another shape.
     """
-    if not isinstance(judge, ClassifierTask):
+    network: Callable[[Tensor], Tensor]
+    if isinstance(judge, ClassifierTask):
+        network, device, test = judge.model.features, _device(judge), judge.dataset.test
+    elif isinstance(judge, Task):
         raise RunError("the features must be those of a run of recipe 'classifier'")
+    else:
+        device, test = _device(task), task.dataset.test
+        network = judge.to(device)
+    if not isinstance(test, ImageSplit):
+        raise RunError("features are of images, and the run has none")
     generator = torch.Generator(_device(task)).manual_seed(seed)
     try:
         with torch.no_grad():
@@ -174,8 +194,8 @@ def sample_quality(task: Task, judge: Task, num: int, seed: int = 0) -> dict[str
                 for part in torch.arange(num).split(_SAMPLED_AT_ONCE)
             ]
         fake, real = (
-            extract_features(judge.model.features, images, device=_device(judge))
-            for images in (torch.cat(parts).clamp(0, 1), judge.dataset.test.images)
+            extract_features(network, images, device=device)
+            for images in (torch.cat(parts).clamp(0, 1), test.images)
         )
         prdc = precision_recall_density_coverage(real, fake)
     except ValueError as error:

@@ -1,9 +1,11 @@
-"""`fastgen` that stops with an error after the first step that leaves its processes different.
+"""`fastgen` that stops with an error after the first step that leaves its processes different, and in
+the end if it leaves a thread of the process group behind.
 
 usage: torchrun ... ranks_agree.py train RECIPE [options]
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -25,4 +27,7 @@ def step(self: StageRun) -> None:
 
 if __name__ == "__main__":
     StageRun.step = step
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    threads = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    assert not any("gloo" in name for name in threads), threads
+    sys.exit(status)

@@ -77,10 +77,12 @@ class Task(ABC):
     Attributes:
         modules: all modules of the task, by name: what a checkpoint holds.
         stages: in the order of training.
+        dataset: what it was built for, with the splits train, valid and test.
     """
 
     modules: dict[str, nn.Module]
     stages: list[Stage]
+    dataset: Any
 
     @abstractmethod
     def sample(

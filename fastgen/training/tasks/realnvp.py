@@ -226,6 +226,7 @@ class RealNVPTask(Task):
     """
 
     def __init__(self, config: RealNVPConfig, dataset: PointDataset | ImageDataset):
+        self.dataset = dataset
         options = dict(vars(config.model))
         layers, scales, levels, alpha = (
             options.pop(name) for name in ("layers", "scales", "levels", "alpha")
