@@ -1,5 +1,5 @@
-"""`fastgen` that stops with an error after the first step that leaves its processes different, and in
-the end if it leaves a thread of the process group behind.
+"""`fastgen` that stops with an error after the first step that leaves its processes different, or
+when it leaves a thread of the process group behind.
 
 usage: torchrun ... ranks_agree.py train RECIPE [options]
 """

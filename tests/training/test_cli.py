@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from fastgen.cli import main
 from fastgen.training import checkpoint as ckpt
 from fastgen.training.options import config_from_dict, config_to_dict, parse_train_options
+from fastgen.training.stage_run import StageRun
 
 SHORT = ["--autoencoder.steps", "2", "--prior.steps", "2", "--engine.cpu", "true"]
 
@@ -211,6 +213,24 @@ def test_a_nan_loss_is_one_line_and_status_one(tmp_path, monkeypatch, capsys):
     arguments = [*SHORT, "--autoencoder.optimizer.lr", "1e30", "--autoencoder.steps", "20"]
     assert main(["train", "vqvae", *arguments, "--autoencoder.optimizer.warmup_steps", "0"]) == 1
     assert "NaN or infinity at step" in capsys.readouterr().err
+
+
+def test_sigterm_is_one_line_and_status_143(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    step = StageRun.step
+
+    def terminated(run):
+        step(run)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(StageRun, "step", terminated)
+    assert main(["train", "vqvae", *SHORT, "--run-dir", "run"]) == 143
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"go on with fastgen train --resume {tmp_path / 'run'}" in err
+    monkeypatch.setattr(StageRun, "step", step)
+    assert main(["train", "--resume", "run"]) == 0
+    saved = ckpt.list_checkpoints(tmp_path / "run/checkpoints")
+    assert ckpt.load_checkpoint(saved[-1])["progress"]["stage"] == "prior"
 
 
 def test_info(capsys):
