@@ -140,6 +140,7 @@ _FILES = {
     "normflows": "normflows",
     "torch.nn": "torch_nn",
     "zuko": "zuko",
+    "vector_quantize_pytorch": "vector_quantize_pytorch",
 }
 
 
