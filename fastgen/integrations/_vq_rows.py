@@ -259,7 +259,7 @@ def _backward(
     grad_codes = torch.empty_like(rows) if ctx.needs_input_grad[1] and codes_take_part else None
     wide = accumulate_dtype(rows.dtype)
     for part in _parts(rows):
-        x, codes = rows[part].to(wide), table[flat[part]].to(wide)
+        x, codes = rows[part].to(wide), table.index_select(0, flat[part]).to(wide)
         routed = torch.zeros_like(x) if grad is None else grad[part].to(wide)
         pull = torch.zeros((), dtype=wide, device=x.device)
         if grad_squares is not None:

@@ -222,6 +222,13 @@ class _Batch:
         return (self.inputs if self.inputs.dim() == 4 else self.inputs[None]).float()
 
 
+def _laid_out_as(t: Tensor, like: Tensor) -> Tensor:
+    """t, with the strides of like + t."""
+    if torch.empty_like(like, device="meta").stride() == t.stride():
+        return t
+    return torch.zeros_like(like) + t
+
+
 class FusedVectorQuantize(VectorQuantize):
     """A patched VectorQuantize."""
 
@@ -428,6 +435,8 @@ class FusedVectorQuantize(VectorQuantize):
         if routed and not self.directional_reparam:
             route = _vq_rows.ROTATION if self.rotation_trick else _vq_rows.STRAIGHT_THROUGH
         quantized, commitment = self._assign(batch, batch.rows, codes, found, route, pull_codes)
+        if route == _vq_rows.STRAIGHT_THROUGH:
+            quantized = _laid_out_as(quantized, batch.inputs)
         if routed and self.directional_reparam:
             variance = self.directional_reparam_variance
             quantized = library.directional_reparam(batch.inputs, quantized, variance)
@@ -574,7 +583,7 @@ class FusedResidualVQ(ResidualVQ):
             run_own_code("ResidualVQ", reason)
             return super().forward(x, **arguments)
         inputs = residual = self.project_in(x)
-        quantized: Tensor | None = None
+        quantized = torch.zeros_like(inputs)
         stages = self._stages(x.device, rand_quantize_dropout_fixed_seed)
         residuals, found, losses = [], [], []
         for layer in self.layers[:stages]:
@@ -587,12 +596,11 @@ class FusedResidualVQ(ResidualVQ):
                 freeze_codebook=freeze_codebook,
             )
             residual = residual - residual_vq.frac_gradient(step, self.quant_grad_frac)
-            quantized = step if quantized is None else quantized + step
+            quantized = quantized + step
             found.append(its_indices)
             losses.append(loss.reshape(1))
         if self.training and self.shared_codebook:
             self._update_shared_codebook(residuals)
-        assert quantized is not None
         if self.diveq:
             quantized = library.directional_reparam(inputs, quantized)
         quantized = self.project_out(quantized)
