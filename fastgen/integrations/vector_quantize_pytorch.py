@@ -383,7 +383,7 @@ class FusedVectorQuantize(VectorQuantize):
         if x.dim() == 2:
             return x[:, None]
         if self.accept_image_fmap or self.accept_3d_fmap:
-            return x.flatten(2).mT
+            return x.movedim(1, -1).flatten(1, -2)
         return x if self.channel_last else x.mT
 
     def _batch(self, x: Tensor, mask: Tensor | None) -> _Batch:
