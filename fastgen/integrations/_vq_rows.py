@@ -49,6 +49,7 @@ def nearest(rows: Tensor, codes: Tensor, inner_product: bool) -> Tensor:
         return ops.vq_nearest(rows, codes)
     # With one more coordinate all codes are as long as the longest: the angle decides.
     squares = codes.double().square().sum(-1, keepdim=True)
+    squares = torch.where(squares.isfinite(), squares, 0)
     rest = (squares.amax(-2, keepdim=True) - squares).sqrt().to(codes.dtype)
     return ops.vq_nearest(F.pad(rows, (0, 1)), torch.cat((codes, rest), -1), metric="cosine")
 
@@ -77,7 +78,8 @@ def statistics(
 
 
 def _scores(rows: Tensor, codes: Tensor, inner_product: bool) -> Tensor:
-    return rows @ codes.mT if inner_product else -library.cdist(rows, codes)
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ codes.mT if inner_product else -library.cdist(rows, codes)
 
 
 def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -57,6 +57,7 @@ class FusedCodebook(Codebook):
     def own_code(self, *args: Any, **kwargs: Any) -> str:
         return "the scores of all codes are a result; VectorQuantize does not call it"
 
+    @torch.autocast("cuda", enabled=False)
     def assign(
         self, rows: Tensor, mask: Tensor | None, freeze_codebook: bool, **update: Any
     ) -> tuple[Tensor, Tensor]:
@@ -392,6 +393,7 @@ class FusedVectorQuantize(VectorQuantize):
         inputs = self._codebook.transform_input(inputs)
         rows = inputs.flatten(1, 2) if inputs.dim() == 4 else inputs.flatten(0, 1)[None]
         row_mask = None if mask is None else _mask_of_rows(mask, rows)
+        rows = rows.contiguous()
         return _Batch(tokens, inputs, rows, mask, row_mask, x.dtype, x.requires_grad)
 
     def _optimize_codebook(self, batch: _Batch, codes: Tensor, found: Tensor) -> Tensor:
