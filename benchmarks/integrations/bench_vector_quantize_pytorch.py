@@ -3,15 +3,14 @@ convolutional autoencoder of the library's own example."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
-import fastgen
-from benchmarks.models.case import ModelCase, Peer, Training
+from benchmarks.integrations.case import patched_case
+from benchmarks.models.case import ModelCase, Training
 
 
 class _Autoencoder(nn.Module):
@@ -53,7 +52,9 @@ class _Layer(nn.Module):
         return quantized, loss.sum()
 
 
-def _training(model: nn.Module, batch: Tensor) -> Training:
+def _training(model: nn.Module, *shape: int) -> Training:
+    batch = torch.randn(shape)
+
     def objective(batch: Tensor) -> Tensor:
         output, loss = model(batch)
         return (output - batch).abs().mean() + loss
@@ -61,61 +62,36 @@ def _training(model: nn.Module, batch: Tensor) -> Training:
     return Training(model, (batch,), objective)
 
 
-def _make(model: Callable[[], nn.Module], shape: tuple[int, ...]) -> Training:
-    patched = model()
-    fastgen.patch(patched)
-    return _training(patched, torch.randn(shape))
+def _vector_quantize(rows: int, codes: int, dim: int) -> Training:
+    return _training(_Layer(VectorQuantize(dim, codes), dim), 1, rows, dim)
 
 
-def _unpatched(ours: Training) -> Training:
-    model = copy.deepcopy(ours.model)
-    fastgen.unpatch(model)
-    return _training(model, *ours.batch)
+def _residual_vq(rows: int, codes: int, dim: int, stages: int) -> Training:
+    quantizer = ResidualVQ(dim=dim, num_quantizers=stages, codebook_size=codes)
+    return _training(_Layer(quantizer, dim), 1, rows, dim)
 
 
-def _case(size: str, model: Callable[[], nn.Module], shape: tuple[int, ...]) -> ModelCase:
-    package = "vector-quantize-pytorch"
-    return ModelCase(
-        op="vector_quantize_pytorch",
-        size=size,
-        make=partial(_make, model, shape),
-        peers={"before": Peer(_unpatched, package, tolerance=1e-4)},
-        compiled=False,
-    )
-
-
-def _vector_quantize(codes: int, dim: int) -> nn.Module:
-    from vector_quantize_pytorch import VectorQuantize
-
-    return _Layer(VectorQuantize(dim, codes), dim)
-
-
-def _residual(codes: int, dim: int, stages: int) -> nn.Module:
-    from vector_quantize_pytorch import ResidualVQ
-
-    return _Layer(ResidualVQ(dim=dim, num_quantizers=stages, codebook_size=codes), dim)
-
-
-def _autoencoder(codes: int, dim: int) -> nn.Module:
-    from vector_quantize_pytorch import VectorQuantize
-
+def _autoencoder(batch: int, codes: int, dim: int) -> Training:
     quantizer = VectorQuantize(dim, codes, accept_image_fmap=True)
-    return _Autoencoder(quantizer, dim)
+    return _training(_Autoencoder(quantizer, dim), batch, 1, 28, 28)
+
+
+_case = partial(patched_case, "vector_quantize_pytorch", "vector-quantize-pytorch")
 
 
 def layer(rows: int, codes: int, dim: int) -> ModelCase:
     size = f"VectorQuantize {rows} rows, {codes} codes of {dim}"
-    return _case(size, partial(_vector_quantize, codes, dim), (1, rows, dim))
+    return _case(size, partial(_vector_quantize, rows, codes, dim))
 
 
 def residual(rows: int, codes: int, dim: int, stages: int) -> ModelCase:
     size = f"ResidualVQ {rows} rows, {stages} stages of {codes} codes of {dim}"
-    return _case(size, partial(_residual, codes, dim, stages), (1, rows, dim))
+    return _case(size, partial(_residual_vq, rows, codes, dim, stages))
 
 
 def autoencoder(batch: int, codes: int, dim: int) -> ModelCase:
     size = f"autoencoder 28x28, {codes} codes of {dim}, B={batch}"
-    return _case(size, partial(_autoencoder, codes, dim), (batch, 1, 28, 28))
+    return _case(size, partial(_autoencoder, batch, codes, dim))
 
 
 CASES = [layer(65536, 1024, 64), residual(8192, 1024, 128, 8), autoencoder(256, 256, 32)]
