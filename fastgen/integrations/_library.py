@@ -139,8 +139,8 @@ _FILES = {
     "nflows": "nflows",
     "normflows": "normflows",
     "torch.nn": "torch_nn",
-    "zuko": "zuko",
     "vector_quantize_pytorch": "vector_quantize_pytorch",
+    "zuko": "zuko",
 }
 
 
