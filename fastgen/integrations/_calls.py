@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from fastgen.ops._autograd import accumulate_dtype
 from fastgen.ops._check import FLOATS
 
-__all__ = ["common_dtype", "is_number", "log_det_as", "reason_against"]
+__all__ = ["common_dtype", "in_forward_mode", "is_number", "log_det_as", "reason_against"]
 
 
 def is_number(value: Any) -> bool:
@@ -19,11 +19,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def in_forward_mode() -> bool:
+    """Whether tangents may be asked for, which no op of fastgen has."""
+    return forward_ad._current_level >= 0
+
+
 def reason_against(x: Any, *others: Tensor) -> str | None:
     """Why fastgen's ops cannot take these tensors the way the library does, or None."""
     if not isinstance(x, Tensor):
         return f"its input is a {type(x).__name__}, not a tensor"
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return "forward-mode differentiation"
     for t in (x, *others):
         if t.dtype not in FLOATS:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.distributions import Transform
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.coupling import GeneralCouplingTransform
@@ -36,8 +37,15 @@ from zuko.transforms import (
 )
 
 from fastgen import ops
-from fastgen.integrations._calls import common_dtype, is_number, log_det_as, reason_against
+from fastgen.integrations._calls import (
+    common_dtype,
+    in_forward_mode,
+    is_number,
+    log_det_as,
+    reason_against,
+)
 from fastgen.integrations._library import Library, Swap, run_own_code
+from fastgen.ops._autograd import run
 
 __all__ = [
     "LIBRARY",
@@ -54,7 +62,53 @@ _NO_MINIMUM = 1e-30
 
 
 def _softly_bounded(raw: Tensor, bound: float) -> Tensor:
+    """zuko's bound of raw parameters, q."""
+    if in_forward_mode():
+        return _soft_bound(raw, bound)
+    return run(_SoftBound, _soft_bound, (raw,), bound)
+
+
+def _soft_bound(raw: Tensor, bound: float) -> Tensor:
     return raw / (1 + (raw / bound).abs())
+
+
+class _SoftBound(Function):
+    """Its gradient needs the result alone, which the ops keep anyway."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_soft_bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.bound = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (bounded,) = ctx.saved_tensors
+        return grad * (1 - (bounded / ctx.bound).abs()).square(), None
+
+
+def _raw_derivatives(log_derivatives: Tensor) -> Tensor:
+    """rq_spline's raw derivatives for derivatives exp(log_derivatives)."""
+    d = log_derivatives.exp()
+    return d + torch.log(-torch.expm1(-d)) - math.log(math.expm1(1))
+
+
+class _RawDerivatives(Function):
+    """With d / (1 - exp(-d)) for its gradient, where autograd keeps five tensors of its size."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_raw_derivatives)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        d = ctx.saved_tensors[0].exp()
+        return grad * d / -torch.expm1(-d)
 
 
 class _OwnRQSTransform(MonotonicRQSTransform):
@@ -83,12 +137,10 @@ class FusedMonotonicRQSTransform(MonotonicRQSTransform):
     def _for_op(self) -> tuple[Tensor, Tensor, Tensor]:
         dtype, bound = common_dtype(*self._raw), -math.log(self._slope)
         widths, heights, derivatives = (t.to(dtype) for t in self._raw)
-        slopes = _softly_bounded(derivatives, bound).exp()
-        raw_slopes = slopes + torch.log(-torch.expm1(-slopes)) - math.log(math.expm1(1))
         return (
             _softly_bounded(widths, bound / 2),
             _softly_bounded(heights, bound / 2),
-            raw_slopes,
+            run(_RawDerivatives, _raw_derivatives, (_softly_bounded(derivatives, bound),)),
         )
 
     def _own(self) -> MonotonicRQSTransform:

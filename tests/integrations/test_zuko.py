@@ -177,6 +177,18 @@ def spline_parameters(shape, bins=6, spread=1.0, dtype=torch.float64):
     return [spread * torch.randn(*shape, k, dtype=dtype) for k in (bins, bins, bins - 1)]
 
 
+def test_second_order():
+    """Gradients of gradients, in points and parameters."""
+    parameters = [p.requires_grad_() for p in spline_parameters((3,), bins=3)]
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def value(x, *parameters):
+        y, ladj = patched_zuko.FusedMonotonicRQSTransform(*parameters).call_and_ladj(x)
+        return y.sin() + ladj
+
+    assert torch.autograd.gradgradcheck(value, (x, *parameters), atol=1e-4)
+
+
 # Shapes of the points and of the parameters' splines.
 SHAPES = [((20,), (20,)), ((7, 3), (3,)), ((3,), (7, 3)), ((4, 1), (5,)), ((), ()), ((0, 3), (3,))]
 
