@@ -90,6 +90,7 @@ class Library:
 
     @property
     def pieces(self) -> tuple[Swap | Function, ...]:
+        """All that is covered."""
         return (*self.swaps, *self.functions)
 
     @property

@@ -57,8 +57,12 @@ __all__ = [
     "FusedMonotonicRQSTransform",
 ]
 
-#: zuko's bins and derivatives have no minimum; the ops want one, which is lost beside any softmax.
-_NO_MINIMUM = 1e-30
+#: zuko has no minima, and the op wants some: too small to be seen, yet no bin is so narrow that the
+#: square of its slope overflows.
+_LEAST_SHARE = {torch.float32: 1e-12, torch.float64: 1e-30}
+_LEAST_DERIVATIVE = 1e-30
+#: Narrower bins would vanish between two knots' rounding.
+_LEAST_SLOPE = 1e-6
 
 
 def _softly_bounded(raw: Tensor, bound: float) -> Tensor:
@@ -187,9 +191,9 @@ class FusedMonotonicRQSTransform(MonotonicRQSTransform):
             *(t.to(dtype).expand(*shape, t.shape[-1]) for t in self._parameters),
             tail_bound=self._bound,
             inverse=inverse,
-            min_bin_width=_NO_MINIMUM,
-            min_bin_height=_NO_MINIMUM,
-            min_derivative=_NO_MINIMUM,
+            min_bin_width=_LEAST_SHARE[dtype],
+            min_bin_height=_LEAST_SHARE[dtype],
+            min_derivative=_LEAST_DERIVATIVE,
         )
         out = torch.promote_types(x.dtype, self._raw[0].dtype)
         return y.to(out), log_det_as(log_det, out)
@@ -200,7 +204,7 @@ def _reason_against_spline(
 ) -> str | None:
     if not is_number(bound) or not 0 < bound < math.inf:
         return f"bound={bound!r}"
-    if not is_number(slope) or not 1e-20 < slope < 1:
+    if not is_number(slope) or not _LEAST_SLOPE <= slope < 1:
         return f"slope={slope!r}"
     bins = widths.shape[-1]
     if bins == 0 or (heights.shape[-1], derivatives.shape[-1]) != (bins, bins - 1):

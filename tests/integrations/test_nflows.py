@@ -2,13 +2,6 @@
 
 import copy
 import io
-import os
-import re
-import subprocess
-import sys
-import tarfile
-from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
@@ -421,13 +414,8 @@ def test_large_logits():
     assert (error <= 1e-6 + 2e-7 * (-log_det).exp()).all()
 
 
-def readme_of(package):
-    text = metadata.metadata(package).get_payload() or metadata.metadata(package)["Description"]
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
-
-def test_readme_under_patch():
-    examples = readme_of("nflows")
+def test_readme_under_patch(readme_examples):
+    examples = readme_examples("nflows")
     assert len(examples) == 3
     names = {"inputs": torch.randn(5, 2), "num_samples": 4}
     with fastgen.patch("nflows") as report:
@@ -440,36 +428,9 @@ def test_readme_under_patch():
     assert type(autoregressive_affine()) is transforms.MaskedAffineAutoregressiveTransform
 
 
-RUN_SUITE = """
-import sys, contextlib, fastgen, pytest, torch
-
-class Seeds:
-    def pytest_runtest_setup(self):
-        torch.manual_seed(0)
-
-with fastgen.patch("nflows") if sys.argv[1] == "patched" else contextlib.nullcontext():
-    sys.exit(pytest.main(["-q", "-rf", "--tb=no", "--rootdir=.", "tests"], plugins=[Seeds()]))
-"""
-
-
-def failures(folder, how):
-    """The tests of nflows' own suite that fail, and how many pass."""
-    command = [sys.executable, "-c", RUN_SUITE, how]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed, run.stdout[-3000:] + run.stderr[-3000:]
-    return set(re.findall(r"FAILED.*?(tests/\S+::\S+)", run.stdout)), int(passed[1])
-
-
 @pytest.mark.slow
-def test_nflows_own_suite_under_patch(tmp_path):
+def test_own_suite_under_patch(own_suite):
     """Some of it fails by itself: functions that torch has no longer, and tolerances."""
     pytest.importorskip("torchtestcase")
-    folder = os.environ.get("FASTGEN_PEER_SDISTS")
-    if not folder:
-        pytest.skip("FASTGEN_PEER_SDISTS names no folder of source distributions")
-    with tarfile.open(Path(folder) / "nflows-0.14.tar.gz") as archive:
-        tests = [m for m in archive.getmembers() if m.name.startswith("nflows-0.14/tests/")]
-        archive.extractall(tmp_path, tests, filter="data")
-    patched = failures(tmp_path / "nflows-0.14", "patched")
-    assert patched == failures(tmp_path / "nflows-0.14", "plain") and patched[1] > 100
+    patched = own_suite("nflows", "nflows-0.14", "patched")
+    assert patched == own_suite("nflows", "nflows-0.14", "plain") and patched[1] > 100
