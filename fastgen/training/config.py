@@ -18,6 +18,8 @@ class EngineConfig:
 
     Args:
         seed: seed of the initial weights, the order of the data, and all noise.
+        init_from: a run folder: start from the weights of its newest checkpoint, the averaged ones
+            where it has them; null for random weights.
         cpu: stay on the CPU even where there is a GPU.
         mixed_precision: autocast dtype of the forward pass.
         accumulate: parts that a batch is cut into, to save memory; gradients add up.
@@ -33,6 +35,7 @@ class EngineConfig:
     """
 
     seed: int = 0
+    init_from: str | None = None
     cpu: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     accumulate: int = 1

@@ -42,16 +42,19 @@ _SAMPLED_AT_ONCE = 500
 def start_run(recipe: str, config: Any, run_dir: Path | None = None) -> RunFolder:
     """Train a recipe in a new folder, by default `runs/<recipe>-<data>-<time>`.
 
-    Data and options are checked before the folder is made.
+    Data and options are checked, and `engine.init_from` is loaded, before the folder is made.
 
     Raises:
         DataError: the data cannot be loaded.
+        CheckpointError: `engine.init_from` has no sound checkpoint, or that of another model.
         RunError: options that do not fit, a folder that exists or cannot be written, or a training
             that failed.
     """
     root = resolve_data_root(config.data_root)
     config = dataclasses.replace(config, data_root=None if root is None else str(root))
     task = _build(recipe, config, find_recipe(recipe).load(config.data, root))
+    if config.engine.init_from is not None:
+        _load_newest(task, RunFolder.open(Path(config.engine.init_from)))
     accelerator = _accelerator(config)
     path = _create(run_dir or _default_path(recipe, config.data), recipe, config, accelerator)
     run = RunFolder.open(path)
@@ -88,14 +91,19 @@ def load_run(path: Path, data_root: str | None = None, overrides: Sequence[str] 
     """
     run = RunFolder.open(path)
     _, config, task = _from_run(run, data_root, overrides)
-    checkpoint, sections, problems = load_newest(run.checkpoints)
-    for problem in problems.values():
-        print(f"warning: {problem}; using {checkpoint.name}")
-    load_weights(task, sections, averaged=True)
+    _load_newest(task, run)
     device = "cuda" if torch.cuda.is_available() and not config.engine.cpu else "cpu"
     for module in task.modules.values():
         module.eval().to(device)
     return task
+
+
+def _load_newest(task: Task, run: RunFolder) -> None:
+    """The weights of a run's newest sound checkpoint, averaged where it has such."""
+    checkpoint, sections, problems = load_newest(run.checkpoints)
+    for problem in problems.values():
+        print(f"warning: {problem}; using {checkpoint.name}")
+    load_weights(task, sections, averaged=True)
 
 
 def sample_run(
