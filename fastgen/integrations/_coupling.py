@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import ops
+from fastgen.integrations._calls import in_forward_mode
+from fastgen.ops._check import FLOATS
 
 __all__ = ["Given", "affine", "reason_against"]
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Given:
@@ -33,8 +33,10 @@ class Given:
 
 def reason_against(x: Tensor, *parameters: Tensor) -> str | None:
     """Why our ops cannot transform x by parameters that ought to have its shape, or None."""
+    if in_forward_mode():
+        return "forward-mode differentiation"
     for t in (x, *parameters):
-        if t.dtype not in _DTYPES:
+        if t.dtype not in FLOATS:
             return f"dtype {t.dtype}"
         if t.shape != x.shape:
             return f"parameters of shape {tuple(t.shape)} for an input of shape {tuple(x.shape)}"
