@@ -17,6 +17,11 @@ ISA_TESTS := tests/test_isa.py tests/test_ops.py tests/ops
 TRITON_TESTS := tests/test_ops.py tests/test_triton_math.py tests/ops/test_affine_coupling.py \
   tests/ops/test_instance_norm.py tests/ops/test_rq_spline.py
 
+# The op tests run side by side: they are many and small, and what they compute hardly fills a core; threads that wait
+# for work must not hold what the others need.
+SIDE_BY_SIDE := -n auto --maxprocesses 8
+PATIENT := OMP_WAIT_POLICY=passive
+
 # clang-format comes from the virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -60,7 +65,7 @@ test: dev peers $(if $(ARGS),,test-triton) ## the fast suite; a kernel that shou
 
 test-triton: dev ## the Triton kernels in Triton's interpreter, which needs no GPU
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
-	  FASTGEN_STRICT=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow and not gpu' $(TRITON_TESTS) $(ARGS); \
+	  $(PATIENT) FASTGEN_STRICT=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not gpu' $(TRITON_TESTS) $(ARGS); \
 	else echo 'Triton is not installed (it exists for Linux on x86-64): its kernels are not tested.'; fi
 
 test-slow: dev ## the long tests: packaging, training to convergence
@@ -68,11 +73,11 @@ test-slow: dev ## the long tests: packaging, training to convergence
 
 test-isa: dev ## the op tests once more for each older code path of the CPU kernels
 	for isa in avx2 portable; do \
-	  FASTGEN_CPU_ISA=$$isa FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'not slow and not gpu' $(ISA_TESTS) $(ARGS) || exit 1; \
+	  $(PATIENT) FASTGEN_CPU_ISA=$$isa FASTGEN_STRICT=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not gpu' $(ISA_TESTS) $(ARGS) || exit 1; \
 	done
 
 test-asan: dev ## the op tests against kernels built with the address and undefined-behaviour sanitizers
-	sh tests/run_asan.sh $(BIN)/python $(ASAN_BUILD) $(ARGS)
+	$(PATIENT) sh tests/run_asan.sh $(BIN)/python $(ASAN_BUILD) $(SIDE_BY_SIDE) $(ARGS)
 
 lint: dev ## check style and types
 	$(BIN)/python -m ruff check .
