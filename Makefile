@@ -17,8 +17,8 @@ ISA_TESTS := tests/test_isa.py tests/test_ops.py tests/ops
 TRITON_TESTS := tests/test_ops.py tests/test_triton_math.py tests/ops/test_affine_coupling.py \
   tests/ops/test_instance_norm.py tests/ops/test_rq_spline.py
 
-# The op tests run side by side: they are many and small, and what they compute hardly fills a core; threads that wait
-# for work must not hold what the others need.
+# The fast tests run side by side: they are many and small, and what they compute hardly fills a core; threads that
+# wait for work must not hold what the others need.
 SIDE_BY_SIDE := -n auto --maxprocesses 8
 PATIENT := OMP_WAIT_POLICY=passive
 
@@ -61,7 +61,7 @@ peers: dev # what fastgen.patch() and the benchmarks meet; the tests that want o
 	  echo 'Not all of the libraries that fastgen works with could be installed: what needs them is skipped.' >&2
 
 test: dev peers $(if $(ARGS),,test-triton) ## the fast suite; a kernel that should be there and is missing is an error
-	FASTGEN_STRICT=1 $(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+	$(PATIENT) FASTGEN_STRICT=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not gpu' $(ARGS)
 
 test-triton: dev ## the Triton kernels in Triton's interpreter, which needs no GPU
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
