@@ -157,6 +157,7 @@ def test_cases_of_each_model(folder, model):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated")  # normflows' permutations
 @each_model
 def test_peers_compute_what_they_claim(folder, model):
     """Each case's peers that claim to compute the same, where they are installed."""
