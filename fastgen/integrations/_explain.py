@@ -44,15 +44,15 @@ def explain(subject: str | nn.Module, *args: Any, **kwargs: Any) -> Explanation 
 
 
 def _explain_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Explanation:
-    for library in _library.loaded():
-        for swap in library.swaps:
-            if type(module) is swap.fused:
-                own_code = getattr(module, "own_code", None)
-                reason = own_code(*args, **kwargs) if own_code is not None else None
-                name = swap.original.__name__
-                if reason is None:
-                    return Explanation(name, "fastgen")
-                return Explanation(name, library.name, {"fastgen": reason})
+    found = _library.by_fused().get(type(module))
+    if found is not None:
+        swap, library = found
+        own_code = getattr(module, "own_code", None)
+        reason = own_code(*args, **kwargs) if own_code is not None else None
+        name = swap.original.__name__
+        if reason is None:
+            return Explanation(name, "fastgen")
+        return Explanation(name, library.name, {"fastgen": reason})
     report = _patch.state(module)
     if any(piece.path == "" for piece in report.left):
         reason = report.left[0].reason

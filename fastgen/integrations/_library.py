@@ -25,7 +25,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["Function", "Library", "Swap", "find", "fingerprint", "loaded", "names", "run_own_code"]
+__all__ = [
+    "Function",
+    "Library",
+    "Swap",
+    "by_fused",
+    "find",
+    "fingerprint",
+    "loaded",
+    "names",
+    "run_own_code",
+]
 
 _log = logging.getLogger("fastgen")
 
@@ -156,19 +166,42 @@ def find(name: str) -> Library:
     Raises:
         ValueError: none of that name is covered.
         ModuleNotFoundError: it is, but it is not installed.
+        ImportError: it is, in a release that lacks what fastgen replaces.
     """
     if name not in _FILES:
         raise ValueError(f"target: expected a module or one of {', '.join(names())}; got {name!r}")
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         raise ModuleNotFoundError(f"target: {name!r} is not installed in this environment")
-    return importlib.import_module(f"fastgen.integrations.{_FILES[name]}").LIBRARY
+    try:
+        return importlib.import_module(f"fastgen.integrations.{_FILES[name]}").LIBRARY
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"target: fastgen does not know this release of {name!r}, which is left alone: {error}"
+        ) from error
 
 
 def loaded() -> Iterator[Library]:
-    """The libraries covered that are imported already: no object can be of another."""
+    """The libraries covered that are imported already: no object can be of another.
+
+    Warns:
+        UserWarning: once for each of a release that fastgen does not know.
+    """
     for name in _FILES:
         if name in sys.modules:
-            yield find(name)
+            try:
+                yield find(name)
+            except ImportError as error:
+                _warn_once(str(error))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def by_fused() -> dict[type, tuple[Swap, Library]]:
+    """The swaps of the libraries that are imported, by the class that replaces."""
+    return {swap.fused: (swap, library) for library in loaded() for swap in library.swaps}
 
 
 def run_own_code(name: str, reason: str) -> None:

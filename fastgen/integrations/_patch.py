@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +42,7 @@ def patch(target: nn.Module | str) -> Report:
         TypeError: `target` is neither.
         ValueError: the library is not one that fastgen covers.
         ModuleNotFoundError: the library is not installed.
+        ImportError: it is of a release that lacks what fastgen replaces.
         RuntimeError: the library is patched already.
 
     Warns:
@@ -74,8 +75,7 @@ def unpatch(target: nn.Module | str) -> None:
         ValueError: the library is not one that fastgen covers, or it is not patched.
     """
     if isinstance(target, nn.Module):
-        for module in target.modules():
-            _restore(module)
+        _restore(target.modules())
     elif isinstance(target, str):
         if target not in _patched:
             if target not in _library.names():
@@ -94,13 +94,12 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Swap | None, str 
     The swap is None for a module of a class that is not covered; the reason is None where nothing
     is in the way, and for what is patched already.
     """
-    libraries = list(_library.loaded())
-    swaps = {swap.original: (swap, library) for library in libraries for swap in library.swaps}
-    fused = {swap.fused: swap for swap, _ in swaps.values()}
+    fused = _library.by_fused()
+    swaps = {swap.original: (swap, library) for swap, library in fused.values()}
     for path, module in model.named_modules():
         kind = type(module)
         if kind in fused:
-            yield path, module, fused[kind], None
+            yield path, module, fused[kind][0], None
         elif kind in swaps:
             swap, library = swaps[kind]
             yield path, module, swap, _reason_against(module, swap, library)
@@ -144,10 +143,9 @@ def _patch_model(model: nn.Module) -> Report:
             module.__class__ = swap.fused
             done.append(module)
     except BaseException:
-        for module in done:
-            _restore(module)
+        _restore(done)
         raise
-    report._undo = functools.partial(_restore_all, done)
+    report._undo = functools.partial(_restore, done)
     if not changes:
         warnings.warn(f"nothing was replaced.\n{report}", stacklevel=3)
     return report
@@ -168,17 +166,11 @@ def _covered_base(kind: type, swaps: dict[type, Any]) -> type | None:
     return next((base for base in kind.__mro__ if base in swaps), None)
 
 
-def _restore_all(modules: list[nn.Module]) -> None:
+def _restore(modules: Iterable[nn.Module]) -> None:
+    fused = _library.by_fused()
     for module in modules:
-        _restore(module)
-
-
-def _restore(module: nn.Module) -> None:
-    for library in _library.loaded():
-        for swap in library.swaps:
-            if type(module) is swap.fused:
-                module.__class__ = swap.original
-                return
+        if type(module) in fused:
+            module.__class__ = fused[type(module)][0].original
 
 
 def _patch_library(library: Library) -> Report:

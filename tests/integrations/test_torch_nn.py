@@ -270,6 +270,19 @@ def test_nothing_to_replace_and_nothing_installed(monkeypatch):
         fastgen.patch("absent_library")
 
 
+def test_a_release_without_the_classes_is_left_alone(monkeypatch):
+    """The file that covers it cannot be imported; models of other libraries are patched."""
+    monkeypatch.setitem(_library._FILES, "json", "a_file_that_fails")
+    _library._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="does not know this release of 'json'"):
+        assert fastgen.patch(nn.Sequential(nn.InstanceNorm2d(4))).replaced
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fastgen.patch(nn.Sequential(nn.InstanceNorm2d(4))).replaced
+    with pytest.raises(ImportError, match="does not know this release of 'json'"):
+        fastgen.patch("json")
+
+
 def test_a_failure_leaves_no_half_patched_model(monkeypatch):
     class Stubborn(nn.InstanceNorm2d):
         def __setattr__(self, name, value):
