@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from torch.autograd import forward_ad
 from fastgen.ops._autograd import accumulate_dtype
 from fastgen.ops._check import FLOATS
 
-__all__ = ["common_dtype", "in_forward_mode", "is_number", "log_det_as", "reason_against"]
+__all__ = [
+    "common_dtype",
+    "derivative_shift",
+    "in_forward_mode",
+    "is_number",
+    "log_det_as",
+    "reason_against",
+    "reason_against_minima",
+]
 
 
 def is_number(value: Any) -> bool:
@@ -52,3 +61,22 @@ def log_det_as(log_det: Tensor, dtype: torch.dtype) -> Tensor:
     """A log-determinant in the dtype the library has it in; under autocast, where a layer before
     may have rounded to half what that follows, as it is."""
     return log_det if torch.is_autocast_enabled(log_det.device.type) else log_det.to(dtype)
+
+
+def derivative_shift(min_derivative: float) -> float:
+    """What raw derivatives of nflows, and of normflows after it, are above those of rq_spline."""
+    return math.log(math.expm1(1 - min_derivative))
+
+
+def reason_against_minima(
+    bins: int, min_bin_width: float, min_bin_height: float, min_derivative: float
+) -> str | None:
+    """Why rq_spline has no spline of that many bins with these least sizes and slope, or None."""
+    for name, least, most in (
+        ("min_bin_width", min_bin_width, 1 / bins),
+        ("min_bin_height", min_bin_height, 1 / bins),
+        ("min_derivative", min_derivative, 1.0),
+    ):
+        if not 0 < least < most:
+            return f"{name}={least} is not between 0 and {most:g}"
+    return None

@@ -27,7 +27,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgen import ops
-from fastgen.integrations._calls import common_dtype, is_number, log_det_as, reason_against
+from fastgen.integrations._calls import (
+    common_dtype,
+    derivative_shift,
+    is_number,
+    log_det_as,
+    reason_against,
+    reason_against_minima,
+)
 from fastgen.integrations._library import Function, Library, Swap, run_own_code
 
 # Before they are replaced.
@@ -72,14 +79,8 @@ class _Spline(NamedTuple):
                 return f"{name} is no plain number"
         if not -math.inf < self.low < self.high < math.inf:
             return f"the interval [{self.low}, {self.high}]"
-        for name, least, most in (
-            ("min_bin_width", self.min_bin_width, 1 / bins),
-            ("min_bin_height", self.min_bin_height, 1 / bins),
-            ("min_derivative", self.min_derivative, 1.0),
-        ):
-            if not 0 < least < most:
-                return f"{name}={least} is not between 0 and {most:g}"
-        return None
+        minima = self.min_bin_width, self.min_bin_height, self.min_derivative
+        return reason_against_minima(bins, *minima)
 
     def __call__(
         self,
@@ -94,7 +95,7 @@ class _Spline(NamedTuple):
         tails."""
         dtype = common_dtype(inputs, widths, heights, derivatives)
         x, widths, heights = (t.to(dtype) for t in (inputs, widths, heights))
-        derivatives = derivatives.to(dtype) - math.log(math.expm1(1 - self.min_derivative))
+        derivatives = derivatives.to(dtype) - derivative_shift(self.min_derivative)
         run = self._with_tails if self.linear_tails else self._without_tails
         y, log_det = run(x, widths, heights, derivatives, inverse, sum_log_det)
         return y.to(inputs.dtype), log_det_as(log_det, inputs.dtype)

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from fastgen import ops
 from fastgen.integrations import _library
+from fastgen.integrations._calls import derivative_shift, reason_against_minima
 from fastgen.integrations._coupling import Given, affine, reason_against
 from fastgen.integrations._library import Function, Library, Swap
 
@@ -228,19 +229,7 @@ def _against_spline(
         return "a tail_bound for each feature"
     if not 0 < tail_bound < math.inf:
         return f"tail_bound={tail_bound}"
-    for name, least, most in (
-        ("min_bin_width", min_width, 1 / bins),
-        ("min_bin_height", min_height, 1 / bins),
-        ("min_derivative", min_slope, 1.0),
-    ):
-        if not 0 < least < most:
-            return f"{name}={least}: the fused spline needs one above 0 and below {most:g}"
-    return None
-
-
-def _shift(min_derivative: float) -> float:
-    """What the library's raw derivatives are above ours."""
-    return math.log(math.expm1(1 - min_derivative))
+    return reason_against_minima(bins, min_width, min_height, min_slope)
 
 
 def _spline(
@@ -294,7 +283,7 @@ def unconstrained_rational_quadratic_spline(
         return _library_spline(
             inputs, widths, heights, derivatives, inverse, tails, tail_bound, *minima
         )
-    raw = (widths, heights, derivatives - _shift(min_derivative))
+    raw = (widths, heights, derivatives - derivative_shift(min_derivative))
     return _spline(
         inputs,
         raw,
@@ -323,7 +312,7 @@ def _transform(
     minima = (module.min_bin_width, module.min_bin_height, module.min_derivative)
     shape = (-1, *[1] * (params.dim() - 2))
     # one pass over all parameters, and one gradient of them
-    offset = F.pad(inputs.new_zeros(2 * bins), (0, bins - 1), value=-_shift(minima[2]))
+    offset = F.pad(inputs.new_zeros(2 * bins), (0, bins - 1), value=-derivative_shift(minima[2]))
     offset = offset.repeat(features).view(shape)
     if softmax_divisor == 1:
         params = params + offset
@@ -391,7 +380,7 @@ class FusedPiecewiseRationalQuadraticCDF(PiecewiseRationalQuadraticCDF):
         if reason is not None:
             _library.run_own_code("PiecewiseRationalQuadraticCDF", reason)
             return super()._spline(inputs, inverse)
-        derivatives = self.unnormalized_derivatives - _shift(self.min_derivative)
+        derivatives = self.unnormalized_derivatives - derivative_shift(self.min_derivative)
         raw = (self.unnormalized_widths, self.unnormalized_heights, derivatives)
         return _spline(
             inputs,
