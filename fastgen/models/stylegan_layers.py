@@ -27,8 +27,11 @@ _STYLE_EPS = 1e-8
 
 
 def leaky_relu(x: Tensor) -> Tensor:
-    """The activation of both networks."""
-    return F.leaky_relu(x, _SLOPE)
+    """The activation of both networks; overwrites x, which nothing else may need.
+
+    Its gradient asks for the sign of the result, which the next layer keeps anyway, and not for x.
+    """
+    return F.leaky_relu(x, _SLOPE, inplace=True)
 
 
 class EqualLinear(nn.Module):

@@ -26,16 +26,24 @@ CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 LIBRARY = torch.library.Library("fastgen", "DEF")
 
 
-def define(schema: str, *, constant: bool = False) -> torch._ops.OpOverload:
+def define(
+    schema: str, *, constant: bool = False, any_layout: bool = False
+) -> torch._ops.OpOverload:
     """Declares the raw operator `torch.ops.fastgen.<name>` from its schema string; returns it.
 
     Args:
         schema: "name(arguments) -> results".
         constant: autograd takes the results for constants, instead of warning that it cannot
             differentiate through the raw operator.
+        any_layout: kernels take dense tensors of any strides as they lie, and the fake kernel gives
+            the strides of the results for them. torch.compile then passes what its convolutions
+            give, channels_last, where it would otherwise copy to the strides of its trace.
     """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = [torch.Tag.pt2_compliant_tag]
+    if any_layout:
+        tags.append(torch.Tag.flexible_layout)
+    LIBRARY.define(schema, tags=tags)
     if constant:
         LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     return getattr(torch.ops.fastgen, name).default

@@ -33,19 +33,22 @@ __all__ = ["instance_norm", "instance_norm_with_stats"]
 
 _fwd = _library.define(
     "instance_norm_fwd(Tensor x, Tensor? scale, Tensor? shift, float eps) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    any_layout=True,
 )
 # scale and shift are (B, C) or (C,); their gradients have the shape of scale, (B, C) where there is
 # none, and the dtype of the arithmetic.
 _bwd = _library.define(
     "instance_norm_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? scale, float eps) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    any_layout=True,
 )
 # u, p and q are the gradients by the three results of instance_norm_bwd, None for zero; the results
 # are those by grad_y, x and scale, the last of the shape and dtype of the gradients of scale.
 _bwd_bwd = _library.define(
     "instance_norm_bwd_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? scale, "
-    "Tensor? u, Tensor? p, Tensor? q, float eps) -> (Tensor, Tensor, Tensor)"
+    "Tensor? u, Tensor? p, Tensor? q, float eps) -> (Tensor, Tensor, Tensor)",
+    any_layout=True,
 )
 
 

@@ -551,3 +551,32 @@ def test_raw_operators_check_what_they_read():
             raw.instance_norm_bwd(x, x, stats, bad, None, 1e-5)
     with pytest.raises(RuntimeError, match="grad_y"):
         raw.instance_norm_bwd(x[..., :3], x, stats, stats, None, 1e-5)
+
+
+@of_the_cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_convolutions_share_their_layout_with_the_op():
+    """Inductor's convolutions are channels_last, and no copies stand between them and the op."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    convolutions = [torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(2)]
+    x, scale, shift = torch.randn(4, 16, 8, 8), torch.randn(4, 16), torch.randn(4, 16)
+
+    def f(x):
+        return convolutions[1](ops.adain(convolutions[0](x), scale, shift)).square().sum()
+
+    def gradients(f):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(f(leaf), leaf)[0]
+
+    compiled = torch.compile(f, fullgraph=True)
+    with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        y, codes = run_and_get_code(compiled, x)
+        torch.testing.assert_close(y, f(x))
+        torch.testing.assert_close(gradients(compiled), gradients(f), rtol=1e-4, atol=1e-4)
+    of_op_and_after = codes[0].split("instance_norm_fwd.default(", 1)[1].split("return (")[0]
+    assert "(1024, 1, 128, 16)" in of_op_and_after
+    assert "(1024, 64, 8, 1)" not in of_op_and_after
