@@ -103,8 +103,10 @@ def _find_bin(
 ):
     """The bin that holds v: its number, its corners, the raw derivatives there (0 means 1)."""
     ends = ends_y if INVERSE else ends_x
-    past = (ends <= v[:, None]) & (column < BINS - 1)[None, :]
-    index = tl.sum(past.to(tl.int32), 1)
+    # The upper end of the box belongs to the last bin, even where rounded knots reach it before.
+    reach = tl.where(v < BOUND, v, float("inf"))
+    past = (ends <= reach[:, None]) & (column < BINS - 1)[None, :]
+    index = tl.max(tl.where(past, column[None, :] + 1, 0), 1)
     first = index == 0
     x0 = tl.where(first, -BOUND, _pick(ends_x, column, index - 1))
     y0 = tl.where(first, -BOUND, _pick(ends_y, column, index - 1))
@@ -125,8 +127,8 @@ def _evaluate(
     raw1,
     INVERSE: tl.constexpr,
     BOUND: tl.constexpr,
-    MIN_WIDTH: tl.constexpr,
-    MIN_HEIGHT: tl.constexpr,
+    LEAST_WIDTH: tl.constexpr,
+    LEAST_HEIGHT: tl.constexpr,
     MIN_DERIVATIVE: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
@@ -135,16 +137,18 @@ def _evaluate(
     y = y0 + height theta (s theta + d0 phi) / E and dy/dx = s^2 q / E^2, where
     E = s (theta^2 + phi^2) + (d0 + d1) theta phi, q = d1 theta^2 + 2 s theta phi + d0 phi^2.
     """
-    # Only minima far below the rounding error of a knot can make a bin empty.
-    width = tl.maximum(x1 - x0, BOUND * MIN_WIDTH, propagate_nan=tl.PropagateNan.ALL)
-    height = tl.maximum(y1 - y0, BOUND * MIN_HEIGHT, propagate_nan=tl.PropagateNan.ALL)
+    # Only minima far below the rounding error of a knot let two of them meet.
+    narrow, low = x1 - x0 < LEAST_WIDTH, y1 - y0 < LEAST_HEIGHT
+    width = tl.where(narrow, LEAST_WIDTH, x1 - x0)
+    height = tl.where(low, LEAST_HEIGHT, y1 - y0)
     s = height / width
     d0 = MIN_DERIVATIVE + _math.softplus(raw0 + SHIFT)
     d1 = MIN_DERIVATIVE + _math.softplus(raw1 + SHIFT)
     if INVERSE:
         # The discriminant is a sum of squares; of the two equal forms of the root, the one that
         # adds positive numbers is taken.
-        eta, rest = (v - y0) / height, (y1 - v) / height
+        rest = (y1 - v) / height
+        eta = tl.where(low, 1.0 - rest, (v - y0) / height)
         p = d0 * rest - d1 * eta
         both = tl.sqrt(p * p + 4.0 * s * s * (eta * rest)) + tl.abs(p)
         left = tl.where(p < 0.0, both, 2.0 * s * eta)
@@ -152,13 +156,15 @@ def _evaluate(
         scale = 1.0 / (left + right)
         theta, phi = left * scale, right * scale
     else:
-        theta, phi = (v - x0) / width, (x1 - v) / width
+        phi = (x1 - v) / width
+        theta = tl.where(narrow, 1.0 - phi, (v - x0) / width)
     product = theta * phi
     inverse_e = 1.0 / (s * (theta * theta + phi * phi) + (d0 + d1) * product)
     ratio = theta * (s * theta + d0 * phi) * inverse_e
     q = d1 * theta * theta + 2.0 * s * product + d0 * phi * phi
-    value = x0 + width * theta if INVERSE else y0 + height * ratio
-    return width, height, s, d0, d1, theta, phi, inverse_e, ratio, q, value
+    value, top = (x0 + width * theta, x1) if INVERSE else (y0 + height * ratio, y1)
+    value = tl.minimum(value, tl.minimum(top, BOUND), propagate_nan=tl.PropagateNan.ALL)
+    return narrow, low, width, height, s, d0, d1, theta, phi, inverse_e, ratio, q, value
 
 
 @triton.jit
@@ -182,6 +188,8 @@ def _forward_kernel(
     MIN_HEIGHT: tl.constexpr,
     MIN_DERIVATIVE: tl.constexpr,
     SHIFT: tl.constexpr,
+    LEAST_WIDTH: tl.constexpr,
+    LEAST_HEIGHT: tl.constexpr,
     LOST_WIDTH: tl.constexpr,
     LOST_HEIGHT: tl.constexpr,
     BINS: tl.constexpr,
@@ -204,7 +212,7 @@ def _forward_kernel(
     _, x0, x1, y0, y1, raw0, raw1 = _find_bin(
         safe, ends_x, ends_y, raw_d, column, INVERSE, BINS, BOUND
     )
-    _, _, s, _, _, _, _, inverse_e, _, q, value = _evaluate(
+    _, _, _, _, s, _, _, _, _, inverse_e, _, q, value = _evaluate(
         safe,
         x0,
         x1,
@@ -214,8 +222,8 @@ def _forward_kernel(
         raw1,
         INVERSE,
         BOUND,
-        MIN_WIDTH,
-        MIN_HEIGHT,
+        LEAST_WIDTH,
+        LEAST_HEIGHT,
         MIN_DERIVATIVE,
         SHIFT,
     )
@@ -275,6 +283,8 @@ def _backward_kernel(
     MIN_HEIGHT: tl.constexpr,
     MIN_DERIVATIVE: tl.constexpr,
     SHIFT: tl.constexpr,
+    LEAST_WIDTH: tl.constexpr,
+    LEAST_HEIGHT: tl.constexpr,
     LOST_WIDTH: tl.constexpr,
     LOST_HEIGHT: tl.constexpr,
     BINS: tl.constexpr,
@@ -289,6 +299,8 @@ def _backward_kernel(
     raw_h = _load_records(heights_ptr, STRIDE_HEIGHTS, index, mask, column, BINS, T)
     raw_d = _load_records(derivatives_ptr, STRIDE_DERIVATIVES, index, mask, column, BINS - 1, T)
     v = tl.load(x_ptr + index, mask, 0.0).to(T)
+    # Products of a few such gradients, sizes and slopes do not overflow.
+    LARGEST: tl.constexpr = 2.0**500 if v.dtype == tl.float64 else 2.0**80
     whole_gy = tl.load(grad_y_ptr + index, mask, 0.0).to(T)
     gl = tl.load(grad_log_det_ptr + sample, mask, 0.0)
     outside = (v < -BOUND) | (v > BOUND)
@@ -298,7 +310,7 @@ def _backward_kernel(
     bin_, x0, x1, y0, y1, raw0, raw1 = _find_bin(
         safe, ends_x, ends_y, raw_d, column, INVERSE, BINS, BOUND
     )
-    width, height, s, d0, d1, theta, phi, inverse_e, ratio, q, _ = _evaluate(
+    narrow, low, width, height, s, d0, d1, theta, phi, inverse_e, ratio, q, _ = _evaluate(
         safe,
         x0,
         x1,
@@ -308,29 +320,31 @@ def _backward_kernel(
         raw1,
         INVERSE,
         BOUND,
-        MIN_WIDTH,
-        MIN_HEIGHT,
+        LEAST_WIDTH,
+        LEAST_HEIGHT,
         MIN_DERIVATIVE,
         SHIFT,
     )
     gy = tl.where(outside, 0.0, whole_gy)
     gl = tl.where(outside, 0.0, gl)
 
-    inverse_width, inverse_s, inverse_q = 1.0 / width, width / height, 1.0 / q
+    inverse_width, inverse_s = 1.0 / width, width / height
+    inverse_q = tl.minimum(1.0 / q, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     theta2, phi2, product, skew = theta * theta, phi * phi, theta * phi, phi - theta
     # Derivatives of log|dy/dx| with respect to theta, s, and what d0 and d1 share.
     log_theta = 2.0 * (
         (d1 * theta + s * skew - d0 * phi) * inverse_q - skew * (d0 + d1 - 2.0 * s) * inverse_e
     )
-    log_s = 2.0 * product * ((d0 + d1) * (inverse_s * inverse_e) + inverse_q)
     log_both = 2.0 * product * inverse_e
+    log_s = (d0 + d1) * log_both * inverse_s + 2.0 * product * inverse_q
     if INVERSE:
         # x of y = f(x, p) has dx = (dy - f_p dp) / f': the gradient of f with -gx / f' for gy and
         # the log-determinant's sign turned.
         gl = -gl
         g_x0 = gy
         scale = inverse_s / inverse_e
-        g_v = (gl * log_theta * inverse_width + gy) * (scale * scale * inverse_q)
+        g_v = (gl * log_theta * inverse_width + gy) * (scale * (scale * inverse_q))
+        g_v = tl.clamp(g_v, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         gy = -g_v
     gr = gy * height * inverse_e * inverse_e
     gr_product = gr * product
@@ -339,9 +353,13 @@ def _backward_kernel(
     g_d1 = gl * (theta2 * inverse_q - log_both) - gr_product * theta * (s * theta + d0 * phi)
     if not INVERSE:
         g_v = (gl * log_theta + gr * s * q) * inverse_width
+        g_v = tl.clamp(g_v, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         g_x0 = -g_v
+    # A size that is the least one is a constant; of the axis of v it still moves the upper end.
     g_width = g_x0 * theta - g_s * s * inverse_width
+    g_width = tl.where(narrow, 0.0 if INVERSE else g_x0, g_width)
     g_height = gy * ratio + g_s * inverse_width
+    g_height = tl.where(low, gy if INVERSE else 0.0, g_height)
     g_raw0 = g_d0 * _math.sigmoid(raw0 + SHIFT)
     g_raw1 = g_d1 * _math.sigmoid(raw1 + SHIFT)
 
@@ -376,6 +394,8 @@ def _constants(
     inverse: bool, bound: float, minima: tuple[float, ...], bins: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     width, height, derivative = minima
+    # As the reference has it.
+    least = 2.0**-200 if dtype == torch.float64 else 2.0**-40
 
     def lost(minimum: float) -> float:
         scale = 2 * bound * (1 - minimum * bins)
@@ -390,6 +410,8 @@ def _constants(
         "MIN_HEIGHT": height,
         "MIN_DERIVATIVE": derivative,
         "SHIFT": math.log(math.expm1(1 - derivative)),
+        "LEAST_WIDTH": bound * max(width, least),
+        "LEAST_HEIGHT": bound * max(height, least),
         "LOST_WIDTH": lost(width),
         "LOST_HEIGHT": lost(height),
     }

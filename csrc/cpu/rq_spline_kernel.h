@@ -7,17 +7,27 @@
 
 namespace fastgen::FASTGEN_ISA_NS {
 
-// Options in the arithmetic type. A bin is `low + scale * p` wide, p the softmax of the raw parameter.
+// Shares of the bound, and gradients, are kept in a range in which products of a few of them do not overflow.
+template <class T>
+constexpr T kLeastShare = sizeof(T) == 4 ? T(0x1p-40) : T(0x1p-200);
+template <class T>
+constexpr T kLargestGradient = sizeof(T) == 4 ? T(0x1p80) : T(0x1p500);
+
+// Options in the arithmetic type. A bin is `low + scale * p` wide, p the softmax of the raw parameter; rounded
+// knots that lie closer than `least` stand for a bin of that size.
 template <class T>
 struct SplineConstants {
-  T bound, width_low, width_scale, height_low, height_scale, min_derivative, derivative_shift;
+  T bound, width_low, width_scale, width_least, height_low, height_scale, height_least, min_derivative,
+      derivative_shift;
 
   SplineConstants(const SplineOptions& o, std::int64_t bins)
       : bound(T(o.tail_bound)),
         width_low(T(2 * o.tail_bound * o.min_bin_width)),
         width_scale(T(2 * o.tail_bound * (1 - o.min_bin_width * double(bins)))),
+        width_least(T(o.tail_bound * std::max(o.min_bin_width, double(kLeastShare<T>)))),
         height_low(T(2 * o.tail_bound * o.min_bin_height)),
         height_scale(T(2 * o.tail_bound * (1 - o.min_bin_height * double(bins)))),
+        height_least(T(o.tail_bound * std::max(o.min_bin_height, double(kLeastShare<T>)))),
         min_derivative(T(o.min_derivative)),
         derivative_shift(T(std::log(std::expm1(1 - o.min_derivative)))) {}
 };
@@ -85,6 +95,8 @@ template <bool kInverse, class T, class K>
 FASTGEN_INLINE SplineBin<T> find_bin(const SplineConstants<T>& c, const SplineColumns<T, K>& p, Vec<T> v) {
   using V = Vec<T>;
   const V start = V(-c.bound), end = V(c.bound), zero = V(T(0));
+  // The upper end of the box belongs to the last bin, even where rounded knots reach it before.
+  const V reach = select(v < end, v, V(std::numeric_limits<T>::infinity()));
   ExactSum<T> x{start, zero}, y{start, zero};
   const auto walk = [&](std::int64_t k) FASTGEN_INLINE_LAMBDA {
     if (k == p.bins - 1) {
@@ -103,7 +115,7 @@ FASTGEN_INLINE SplineBin<T> find_bin(const SplineConstants<T>& c, const SplineCo
   bin.y1 = y.value;
   V raw = bin.raw1;
   for (std::int64_t k = 1; k < p.bins; ++k) {
-    const Mask<T> past = (kInverse ? y.value : x.value) <= v;
+    const Mask<T> past = (kInverse ? y.value : x.value) <= reach;
     bin.index = select(past, V(T(k)), bin.index);
     bin.x0 = select(past, x.value, bin.x0);
     bin.y0 = select(past, y.value, bin.y0);
@@ -120,6 +132,7 @@ FASTGEN_INLINE SplineBin<T> find_bin(const SplineConstants<T>& c, const SplineCo
 // + d0 phi^2: y = y0 + h (s theta^2 + d0 theta phi) / E and dy/dx = s^2 q / E^2. Every term is positive.
 template <class T>
 struct SplinePoint {
+  Mask<T> narrow, low;  // Whose width, whose height is the least one.
   Vec<T> width, height, inverse_width, s, d0, d1, theta, phi, product, squares, inverse_E, ratio, q, value;
 };
 
@@ -142,27 +155,33 @@ FASTGEN_INLINE void invert_bin(SplinePoint<T>& at, Vec<T> eta, Vec<T> rest) {
 template <bool kInverse, class T>
 FASTGEN_INLINE SplinePoint<T> evaluate(const SplineConstants<T>& c, const SplineBin<T>& bin, Vec<T> v) {
   using V = Vec<T>;
+  const V one = V(T(1));
   SplinePoint<T> at;
-  // Only minima far below the rounding error of a knot can make a bin empty.
-  at.width = max(V(T(0.5) * c.width_low), bin.x1 - bin.x0);
-  at.height = max(V(T(0.5) * c.height_low), bin.y1 - bin.y0);
-  at.inverse_width = V(T(1)) / at.width;
+  // Only minima far below the rounding error of a knot let two of them meet.
+  const V between_x = bin.x1 - bin.x0, between_y = bin.y1 - bin.y0;
+  at.width = max(V(c.width_least), between_x);
+  at.height = max(V(c.height_least), between_y);
+  at.narrow = between_x < at.width;
+  at.low = between_y < at.height;
+  at.inverse_width = one / at.width;
   at.s = at.height * at.inverse_width;
   at.d0 = V(c.min_derivative) + softplus(bin.raw0 + V(c.derivative_shift));
   at.d1 = V(c.min_derivative) + softplus(bin.raw1 + V(c.derivative_shift));
   if constexpr (kInverse) {
-    const V inverse_height = V(T(1)) / at.height;
-    invert_bin(at, (v - bin.y0) * inverse_height, (bin.y1 - v) * inverse_height);
+    const V inverse_height = one / at.height;
+    const V rest = (bin.y1 - v) * inverse_height;
+    invert_bin(at, select(at.low, one - rest, (v - bin.y0) * inverse_height), rest);
   } else {
-    at.theta = (v - bin.x0) * at.inverse_width;
     at.phi = (bin.x1 - v) * at.inverse_width;
+    at.theta = select(at.narrow, one - at.phi, (v - bin.x0) * at.inverse_width);
   }
   at.product = at.theta * at.phi;
   at.squares = fma(at.theta, at.theta, at.phi * at.phi);
-  at.inverse_E = V(T(1)) / fma(at.s, at.squares, (at.d0 + at.d1) * at.product);
+  at.inverse_E = one / fma(at.s, at.squares, (at.d0 + at.d1) * at.product);
   at.ratio = at.theta * fma(at.s, at.theta, at.d0 * at.phi) * at.inverse_E;
   at.q = fma(at.d1, at.theta * at.theta, fma(at.s + at.s, at.product, at.d0 * at.phi * at.phi));
-  at.value = kInverse ? fma(at.width, at.theta, bin.x0) : fma(at.height, at.ratio, bin.y0);
+  const V value = kInverse ? fma(at.width, at.theta, bin.x0) : fma(at.height, at.ratio, bin.y0);
+  at.value = min(min(V(c.bound), kInverse ? bin.x1 : bin.y1), value);
   return at;
 }
 
@@ -224,18 +243,21 @@ FASTGEN_INLINE SplineBinGradients<T> differentiate(const SplineConstants<T>& c, 
                                                    const SplinePoint<T>& at, Vec<T> gy, Vec<T> gl) {
   using V = Vec<T>;
   const V one = V(T(1)), two = V(T(2));
-  const V inverse_width = at.inverse_width, inverse_s = at.width / at.height, inverse_q = one / at.q;
+  const V largest = V(kLargestGradient<T>);
+  const V inverse_width = at.inverse_width, inverse_s = at.width / at.height, inverse_q = min(largest, one / at.q);
   const V inverse_E = at.inverse_E, inverse_E2 = inverse_E * inverse_E;
   const V theta2 = at.theta * at.theta, phi2 = at.phi * at.phi, skew = at.phi - at.theta, sum = at.d0 + at.d1;
   const V log_theta = two * (fma(at.d1, at.theta, fma(at.s, skew, -(at.d0 * at.phi))) * inverse_q -
                              skew * (sum - two * at.s) * inverse_E);
-  const V log_s = two * at.product * fma(sum, inverse_s * inverse_E, inverse_q);
-  const V log_both = two * at.product * inverse_E;
+  const V twice = two * at.product, log_both = twice * inverse_E;
+  const V log_s = fma(sum * log_both, inverse_s, twice * inverse_q);
+  const auto limit = [largest](V a) FASTGEN_INLINE_LAMBDA { return min(largest, max(-largest, a)); };
   SplineBinGradients<T> g;
   if constexpr (kInverse) {
     g.x0 = gy;
     gl = -gl;
-    g.v = fma(gl * log_theta, inverse_width, gy) * (inverse_s * inverse_s * inverse_q / inverse_E2);
+    const V scale = inverse_s / inverse_E;
+    g.v = limit(fma(gl * log_theta, inverse_width, gy) * (scale * (scale * inverse_q)));
     gy = -g.v;
   }
   const V gr = gy * at.height * inverse_E2, gr_product = gr * at.product;
@@ -244,12 +266,14 @@ FASTGEN_INLINE SplineBinGradients<T> differentiate(const SplineConstants<T>& c, 
   const V g_d1 =
       fma(gl, theta2 * inverse_q - log_both, -(gr_product * at.theta * fma(at.s, at.theta, at.d0 * at.phi)));
   if constexpr (!kInverse) {
-    g.v = fma(gl, log_theta, gr * at.s * at.q) * inverse_width;
+    g.v = limit(fma(gl, log_theta, gr * at.s * at.q) * inverse_width);
     g.x0 = -g.v;
   }
-  g.width = fma(g.x0, at.theta, -(g_s * at.s * inverse_width));
   g.y0 = gy;
-  g.height = fma(gy, at.ratio, g_s * inverse_width);
+  // A size that is the least one is a constant; of the axis of v it still moves the upper end.
+  const V zero = V(T(0));
+  g.width = select(at.narrow, kInverse ? zero : g.x0, fma(g.x0, at.theta, -(g_s * at.s * inverse_width)));
+  g.height = select(at.low, kInverse ? gy : zero, fma(gy, at.ratio, g_s * inverse_width));
   g.raw0 = g_d0 * sigmoid(bin.raw0 + V(c.derivative_shift));
   g.raw1 = g_d1 * sigmoid(bin.raw1 + V(c.derivative_shift));
   return g;

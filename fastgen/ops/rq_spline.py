@@ -15,6 +15,10 @@ d = m + softplus(raw + log(exp(1 - m) - 1)). (nflows leaves the shift out: its r
 these plus the shift.) The inverse solves the quadratic of section 3.1 with its discriminant written
 as a sum of squares and its root without cancellation, so that no input gives a negative one.
 
+Minima far below the rounding error of a knot let rounded knots meet. A point on several of them
+belongs to the bin above the last, B to the last bin; y stays in its bin. Knots closer than half the
+minimum stand for a bin of that size, a constant for gradients.
+
 Shapes: x (...), widths and heights (..., K), derivatives (..., K - 1), one dtype of float32,
 float64, float16, bfloat16; y as x; log_det (...), or (B,) where summed, float32, float64 for
 float64 inputs. Half inputs are computed in float32. Gradients: first order fused, second and higher
@@ -122,11 +126,23 @@ def _position(
     positive numbers is taken.
     """
     p = d0 * rest - d1 * eta
-    root = torch.sqrt(p * p + 4 * s * s * eta * rest)
+    # Squares of small derivatives vanish, and a root of 0 has no gradient: hence the unit.
+    unit = torch.maximum(p.abs(), 2 * s * torch.sqrt(eta * rest).clamp_min(2.0**-60)).detach()
+    p_unit, s_unit = p / unit, 2 * s / unit
+    squares = p_unit * p_unit + (s_unit * eta) * (s_unit * rest)
+    root = unit * torch.sqrt(squares + torch.finfo(s.dtype).tiny)
     falls = p < 0
     left = torch.where(falls, root - p, 2 * s * eta)
     right = torch.where(falls, 2 * s * rest, root + p)
     return left / (left + right), right / (left + right)
+
+
+def least_size(tail_bound: float, minimum: float, dtype: torch.dtype) -> float:
+    """The size that a bin has where its rounded knots lie closer than that: half its minimum.
+
+    Of still smaller minima the squares of slopes would overflow.
+    """
+    return tail_bound * max(minimum, 2.0**-200 if dtype == torch.float64 else 2.0**-40)
 
 
 def rq_spline_reference(
@@ -150,27 +166,36 @@ def rq_spline_reference(
     knots_y = _knots(heights.to(dtype), tail_bound, min_bin_height)
     shift = math.log(math.expm1(1 - min_derivative))
     slopes = min_derivative + F.softplus(F.pad(derivatives.to(dtype), (1, 1)) + shift, threshold=50)
-    inner = (knots_y if inverse else knots_x)[..., 1:-1]
-    index = (v.unsqueeze(-1) >= inner).sum(-1, keepdim=True)
+    # The upper end of the box belongs to the last bin, even where rounded knots reach it before.
+    reach = torch.where(v < tail_bound, v, math.inf).unsqueeze(-1)
+    past = (knots_y if inverse else knots_x)[..., :-1] <= reach
+    index = (past * torch.arange(past.shape[-1], device=x.device)).amax(-1, keepdim=True)
 
     def ends(knots: Tensor) -> tuple[Tensor, Tensor]:
         return knots.gather(-1, index).squeeze(-1), knots.gather(-1, index + 1).squeeze(-1)
 
     (x0, x1), (y0, y1), (d0, d1) = ends(knots_x), ends(knots_y), ends(slopes)
-    width = (x1 - x0).clamp_min(min_bin_width * tail_bound)
-    height = (y1 - y0).clamp_min(min_bin_height * tail_bound)
+    width, height = x1 - x0, y1 - y0
+    least_width = least_size(tail_bound, min_bin_width, dtype)
+    least_height = least_size(tail_bound, min_bin_height, dtype)
+    narrow, low = width < least_width, height < least_height
+    width, height = width.clamp_min(least_width), height.clamp_min(least_height)
     s = height / width
     if inverse:
-        theta, phi = _position(s, d0, d1, (v - y0) / height, (y1 - v) / height)
+        rest = (y1 - v) / height
+        theta, phi = _position(s, d0, d1, torch.where(low, 1 - rest, (v - y0) / height), rest)
     else:
-        theta, phi = (v - x0) / width, (x1 - v) / width
+        phi = (x1 - v) / width
+        theta = torch.where(narrow, 1 - phi, (v - x0) / width)
     e = s * (theta * theta + phi * phi) + (d0 + d1) * theta * phi
     q = d1 * theta * theta + 2 * s * theta * phi + d0 * phi * phi
     log_slope = torch.log(q) + 2 * torch.log(s / e)
     if inverse:
-        y, log_det = x0 + width * theta, -log_slope
+        y, top, log_det = x0 + width * theta, x1, -log_slope
     else:
-        y, log_det = y0 + height * theta * (s * theta + d0 * phi) / e, log_slope
+        y, top, log_det = y0 + height * theta * (s * theta + d0 * phi) / e, y1, log_slope
+    # Rounded, y can pass the end of its bin; its gradients are those of before.
+    y = y - (y - top.clamp_max(tail_bound)).clamp_min(0).detach()
     log_det = torch.where(outside, 0, log_det)
     if batch_dims < x.dim():
         log_det = log_det.flatten(batch_dims).sum(-1)
@@ -303,14 +328,18 @@ def rq_spline(
         tail_bound: B; outside [-B, B] the map is the identity.
         inverse: apply the inverse map instead.
         sum_log_det: sum the log-derivatives of each sample.
-        min_bin_width, min_bin_height: least share of 2B that a bin has, below 1 / K.
+        min_bin_width, min_bin_height: least share of 2B that a bin has, below 1 / K. With minima
+            below the rounding error of a knot (1e-7 in float32) two knots can round to the same
+            number. A point there belongs to the bin above both, B to the last bin; a bin so lost
+            has half the minimum for its size in log_det, 2^-41 of 2B at least (float64: 2^-201).
         min_derivative: least derivative at a knot, below 1.
         backend: force "triton", "cpu" or "reference".
 
     Returns:
         y: (...), dtype of x.
         log_det: log|dy/dx| (...), or its sum (B,), in nats, float32 (float64 for float64 inputs).
-        Finite for all finite inputs.
+        Finite for all finite inputs, raw derivatives up to 1e18 in float32; so are the gradients
+        of the fused backends, which are cut at 2^80 (float64: 2^500) with respect to x.
 
     Raises:
         TypeError: not tensors, not floating, or mixed dtypes outside autocast.

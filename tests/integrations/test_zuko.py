@@ -375,6 +375,30 @@ def test_large_logits():
     assert ((patched(x) - y).abs() <= 5e-6 + 2e-6 * (-inverse_ladj).exp()).all()
 
 
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_bins_below_rounding(inverse):
+    """zuko divides by the width of an empty bin."""
+    parameters = spline_parameters((1000,), bins=256, spread=300.0, dtype=torch.float32)
+    plain = MonotonicRQSTransform(*parameters, slope=1e-6)
+    knots = plain.vertical if inverse else plain.horizontal
+    on_knots = knots.gather(1, torch.randint(257, (1000, 1)))[:, 0].clamp(-5, 5)
+    x = torch.where(torch.rand(1000) < 0.5, on_knots, 10 * torch.rand(1000) - 5)
+    x[:200] = 5.0
+    assert (plain.inv if inverse else plain).call_and_ladj(x)[0].isnan().any()
+    with fastgen.patch("zuko"):
+        patched = MonotonicRQSTransform(*(p.requires_grad_() for p in parameters), slope=1e-6)
+    y, ladj = (patched.inv if inverse else patched).call_and_ladj(x)
+    assert (y.abs() <= 5).all() and ladj.isfinite().all()
+    grads = torch.autograd.grad(y.sum() + ladj.sum(), parameters)
+    assert all(g.isfinite().all() for g in grads)
+    # Knots are rounded to some 1e-6: so far from x is a point that goes exactly to y.
+    exact = MonotonicRQSTransform(*(p.detach().double() for p in parameters), slope=1e-6)
+    exact = exact.inv if inverse else exact
+    for side in (-5e-6, 5e-6):
+        limit = exact((x.double() + side).clamp(-5, 5)) + side
+        assert ((limit - y.detach()) * side >= 0).all()
+
+
 @pytest.mark.parametrize(
     "swap", patched_zuko.LIBRARY.swaps, ids=lambda swap: swap.original.__name__
 )

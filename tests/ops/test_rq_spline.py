@@ -133,6 +133,107 @@ def test_never_nan(dtype, bins, backend, inverse):
         assert not any(g.isnan().any() for g in grads)
 
 
+def on_and_beside_knots(raw_sizes, minimum, bound):
+    """Knots, the numbers beside them, the ends of the box, points near 0, and any points."""
+    n, bins = raw_sizes.shape
+    sizes = minimum + (1 - minimum * bins) * raw_sizes.double().softmax(-1)
+    knots = (2 * bound * sizes.cumsum(-1) - bound).to(raw_sizes.dtype)
+    knots = knots.gather(1, torch.randint(bins, (n, 1)))[:, 0]
+    ends = torch.full_like(knots, bound)
+    kinds = [
+        knots,
+        torch.nextafter(knots, -ends),
+        torch.nextafter(knots, ends),
+        bound * torch.randint(2, (n,)).mul(2).sub(1),
+        torch.randn(n) * 10.0 ** -torch.randint(3, 30, (n,)),
+        bound * (2 * torch.rand(n) - 1),
+    ]
+    i = torch.arange(n)
+    return torch.stack([t.to(knots) for t in kinds])[i % 6, i].clamp(-bound, bound)
+
+
+def assert_between(x, y, raw, slack, **options):
+    """y is that of a point no more than `slack` from x, up to `slack`, by the exact spline."""
+    raw = [t.detach().double() for t in raw]
+    x, y = x.detach().double(), y.detach().double()
+    for side in (-slack, slack):
+        limit, _ = ops.rq_spline(x + side, *raw, **options, backend="reference")
+        assert ((limit + side - y) * side >= 0).all()
+
+
+@both_directions
+@pytest.mark.parametrize("backend", backends_here("rq_spline"))
+@pytest.mark.parametrize("scale", (5.0, 20.0, 100.0))
+@pytest.mark.parametrize("minimum", (1e-6, 1e-9, 1e-12))
+def test_bins_below_rounding(minimum, scale, backend, inverse):
+    """Where rounded knots meet or nearly so, results are those of the knots before rounding."""
+    options = {"min_bin_width": minimum, "min_bin_height": minimum, "tail_bound": 3.0}
+    slack = 2e-6
+    for bins in (2, 3, 8, 17):
+        widths, heights = (scale * torch.randn(600, bins) for _ in range(2))
+        raw = [widths, heights, torch.randn(600, bins - 1)]
+        x = on_and_beside_knots(heights if inverse else widths, minimum, 3.0)
+        inputs = [t.requires_grad_() for t in (x, *raw)]
+        y, log_det = ops.rq_spline(*inputs, **options, inverse=inverse, backend=backend)
+        back, back_log_det = ops.rq_spline(y, *raw, **options, inverse=not inverse, backend=backend)
+        grads = torch.autograd.grad([y.sum() + log_det.sum()], inputs)
+        for value in (y, log_det, back, back_log_det, *grads):
+            assert value.isfinite().all()
+        assert (y.abs() <= 3).all()
+        assert_between(x, y, raw, slack, **options, inverse=inverse)
+        assert_between(back, y, raw, 2 * slack, **options, inverse=inverse)
+
+
+@both_directions
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_flat_bins_below_rounding(dtype, inverse):
+    """With slopes so small that gradients have to be cut, of any minima."""
+    for minimum in (1e-3, 1e-12, 1e-30):
+        raw = parameters(3000, bins=8, scale=100.0, dtype=dtype)
+        x = on_and_beside_knots(raw[inverse], minimum, 3.0)
+        inputs = [t.requires_grad_() for t in (x, *raw)]
+        y, log_det = ops.rq_spline(
+            *inputs,
+            inverse=inverse,
+            min_bin_width=minimum,
+            min_bin_height=minimum,
+            min_derivative=1e-30,
+        )
+        assert y.isfinite().all() and log_det.isfinite().all()
+        for loss in (y, log_det):
+            grads = torch.autograd.grad([loss.sum()], inputs, retain_graph=True)
+            assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("backend", backends_here("rq_spline"))
+def test_knots_that_meet(backend):
+    """A point on them belongs to the bin above, the upper end of the box to the last bin."""
+    tiny = {"min_bin_width": 1e-12, "min_bin_height": 1e-12, "backend": backend}
+    middle = torch.tensor([1.0, -200.0, -200.0, 0.0])
+    knot = (6 * middle.double().softmax(0)[0] - 3).float()
+    zeros, slopes = torch.zeros(4), torch.tensor([0.5, 1.0, -1.0])
+    below, above = knot - 1e-6, knot + 1e-6
+
+    def spline(x, widths, heights, **options):
+        x = torch.stack([torch.as_tensor(t) for t in x])
+        raw = (t.expand(len(x), -1) for t in (widths, heights, slopes))
+        return ops.rq_spline(x, *raw, **tiny, **options)
+
+    y, log_det = spline((below, above), middle, zeros)
+    torch.testing.assert_close(y, torch.tensor([-1.5, 1.5]), rtol=0, atol=1e-5)
+    assert log_det.isfinite().all()
+    x, log_det = spline((-1.0, 0.5, 1.0), middle, zeros, inverse=True)
+    torch.testing.assert_close(x, knot.expand(3), rtol=0, atol=1e-6)
+    assert (log_det < -20).all()
+    x, log_det = spline((below, above), zeros, middle, inverse=True)
+    torch.testing.assert_close(x, torch.tensor([-1.5, 1.5]), rtol=0, atol=1e-5)
+    last = torch.tensor([0.0, -200.0, -200.0, -200.0])
+    for inverse in (False, True):
+        for sizes in ((last, zeros), (zeros, last), (last, last)):
+            y, log_det = spline((3.0,), *sizes, inverse=inverse)
+            assert y == 3 and log_det.abs() < 1e-5
+
+
 @both_directions
 def test_nan_input_gives_nan(inverse):
     raw = parameters(20, bins=8, dtype=torch.float32)
