@@ -240,6 +240,13 @@ def _forward_kernel(
 
 
 @triton.jit
+def _limit(x, LARGEST: tl.constexpr):
+    """x, at most LARGEST in size; tl.clamp of float64 with NaN does not compile."""
+    low = tl.maximum(x, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(low, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _sizes_gradient(
     p,
     column,
@@ -329,7 +336,7 @@ def _backward_kernel(
     gl = tl.where(outside, 0.0, gl)
 
     inverse_width, inverse_s = 1.0 / width, width / height
-    inverse_q = tl.minimum(1.0 / q, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    inverse_q = _limit(1.0 / q, LARGEST)
     theta2, phi2, product, skew = theta * theta, phi * phi, theta * phi, phi - theta
     # Derivatives of log|dy/dx| with respect to theta, s, and what d0 and d1 share.
     log_theta = 2.0 * (
@@ -344,7 +351,7 @@ def _backward_kernel(
         g_x0 = gy
         scale = inverse_s / inverse_e
         g_v = (gl * log_theta * inverse_width + gy) * (scale * (scale * inverse_q))
-        g_v = tl.clamp(g_v, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        g_v = _limit(g_v, LARGEST)
         gy = -g_v
     gr = gy * height * inverse_e * inverse_e
     gr_product = gr * product
@@ -353,7 +360,7 @@ def _backward_kernel(
     g_d1 = gl * (theta2 * inverse_q - log_both) - gr_product * theta * (s * theta + d0 * phi)
     if not INVERSE:
         g_v = (gl * log_theta + gr * s * q) * inverse_width
-        g_v = tl.clamp(g_v, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        g_v = _limit(g_v, LARGEST)
         g_x0 = -g_v
     # A size that is the least one is a constant; of the axis of v it still moves the upper end.
     g_width = g_x0 * theta - g_s * s * inverse_width
