@@ -137,7 +137,7 @@ def _position(
     return left / (left + right), right / (left + right)
 
 
-def least_size(tail_bound: float, minimum: float, dtype: torch.dtype) -> float:
+def _least_size(tail_bound: float, minimum: float, dtype: torch.dtype) -> float:
     """The size that a bin has where its rounded knots lie closer than that: half its minimum.
 
     Of still smaller minima the squares of slopes would overflow.
@@ -176,8 +176,8 @@ def rq_spline_reference(
 
     (x0, x1), (y0, y1), (d0, d1) = ends(knots_x), ends(knots_y), ends(slopes)
     width, height = x1 - x0, y1 - y0
-    least_width = least_size(tail_bound, min_bin_width, dtype)
-    least_height = least_size(tail_bound, min_bin_height, dtype)
+    least_width = _least_size(tail_bound, min_bin_width, dtype)
+    least_height = _least_size(tail_bound, min_bin_height, dtype)
     narrow, low = width < least_width, height < least_height
     width, height = width.clamp_min(least_width), height.clamp_min(least_height)
     s = height / width
