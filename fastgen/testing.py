@@ -292,9 +292,9 @@ def relayouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "channels_last_3d", t.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _affine_coupling(scale: str, inverse: bool) -> OpCase:
+def _affine_coupling(scale: str, min_scale: float, inverse: bool) -> OpCase:
     def make(maker: Maker, shape: tuple[int, ...]) -> Sample:
-        options = {"scale": scale, "inverse": inverse}
+        options = {"scale": scale, "inverse": inverse, "min_scale": min_scale}
         if scale in ("tanh", "atan"):
             options["scale_factor"] = 1.5
         return Sample(tuple(maker.randn(*shape) for _ in range(3)), options)
@@ -306,7 +306,7 @@ def _affine_coupling(scale: str, inverse: bool) -> OpCase:
 
     return OpCase(
         op="affine_coupling",
-        name=f"{scale}-{'inverse' if inverse else 'forward'}",
+        name="-".join([scale, *["floor"] * (min_scale > 0), "inverse" if inverse else "forward"]),
         make=make,
         shapes=((4, 6), (3, 2, 5, 7), (1, 1), (5,), (2, 9001), (0, 4), (3, 0)),
         grad_shape=(2, 3),
@@ -485,8 +485,12 @@ CASES: tuple[OpCase, ...] = (
     _plane_norm("adain", "", lambda shape: shape[:2]),
     _plane_norm("adain", "channels_last", lambda shape: shape[:2]),
     *(
-        _affine_coupling(scale, inverse)
-        for scale in ("exp", "tanh", "sigmoid", "atan")
+        _affine_coupling(scale, min_scale, inverse)
+        for scale, min_scale in (
+            *((scale, 0.0) for scale in ("exp", "tanh", "sigmoid", "atan", "softplus")),
+            ("sigmoid", 1e-3),
+            ("softplus", 0.05),
+        )
         for inverse in (False, True)
     ),
     _plane_norm("instance_norm", "affine", lambda shape: shape[1:2]),

@@ -41,6 +41,60 @@ def _log_scale(raw, FACTOR: tl.constexpr, SCALE: tl.constexpr):
 
 
 @triton.jit
+def _log_sum(total, whole, rest):
+    """log(whole + rest) for a sum rounded to total, whole being 0 or 1: what the sum of 1 and a
+    small rest has no room for is most of its logarithm."""
+    return _math.log(total) + tl.where(rest < 1.0, rest - (total - whole), 0.0)
+
+
+@triton.jit
+def _raised_sigmoid(raw, MIN_SCALE: tl.constexpr):
+    """As :func:`_softplus`, of s = sigmoid(raw + 2) + MIN_SCALE."""
+    WHOLE: tl.constexpr = 0.0 if MIN_SCALE < 0.5 else 1.0
+    BEYOND: tl.constexpr = MIN_SCALE - WHOLE
+    a = raw + 2.0
+    e = _math.exp(-tl.abs(a))
+    larger = 1.0 / (1.0 + e)
+    smaller = e * larger
+    whole = tl.where(a < 0.0, WHOLE, 1.0)
+    rest = tl.where(a < 0.0, BEYOND + smaller, MIN_SCALE - smaller)
+    s = whole + rest
+    return _log_sum(s, whole, rest), larger * smaller / s, s
+
+
+@triton.jit
+def _softplus(raw, MIN_SCALE: tl.constexpr):
+    """log s, d(log s) / d(raw) and s = softplus(raw) + MIN_SCALE."""
+    WHOLE: tl.constexpr = 0.0 if MIN_SCALE < 0.5 else 1.0
+    BEYOND: tl.constexpr = MIN_SCALE - WHOLE
+    e = _math.exp(-tl.abs(raw))
+    rest = BEYOND + _math.softplus(raw)
+    s = WHOLE + rest
+    slope = tl.where(raw < 0.0, e, 1.0) / (1.0 + e)
+    if MIN_SCALE == 0.0:
+        # log softplus(a) is a as far as rounding goes below -40; softplus itself underflows.
+        low = raw < -40.0
+        log_s = tl.where(low, raw, _math.log(tl.where(low, 1.0, s)))
+        return log_s, tl.where(low, 1.0, slope / tl.where(low, 1.0, s)), s
+    return _log_sum(s, WHOLE, rest), slope / s, s
+
+
+@triton.jit
+def _scale_terms(
+    raw, FACTOR: tl.constexpr, MIN_SCALE: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr
+):
+    """log s, d(log s) / d(raw), and what x is multiplied by: s, or 1 / s for the inverse."""
+    if SCALE == "softplus":
+        log_s, slope, s = _softplus(raw, MIN_SCALE)
+        return log_s, slope, 1.0 / s if INVERSE else s
+    if SCALE == "sigmoid" and MIN_SCALE > 0.0:
+        log_s, slope, s = _raised_sigmoid(raw, MIN_SCALE)
+        return log_s, slope, 1.0 / s if INVERSE else s
+    log_s, slope = _log_scale(raw, FACTOR, SCALE)
+    return log_s, slope, _math.exp(-log_s if INVERSE else log_s)
+
+
+@triton.jit
 def _tile(n_rows, size, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's tile: its first row and column, the rows (ROWS, 1) and columns (1, BLOCK)
     from there, and which of them exist."""
@@ -82,6 +136,7 @@ def _forward_kernel(
     size,
     chunks,
     FACTOR: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
     SCALE: tl.constexpr,
     INVERSE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -92,12 +147,12 @@ def _forward_kernel(
     x = _load(x_ptr, stride_x, tile, T)
     raw = _load(raw_ptr, stride_raw, tile, T)
     shift = _load(shift_ptr, stride_shift, tile, T)
-    log_s, _ = _log_scale(raw, FACTOR, SCALE)
+    log_s, _, multiplier = _scale_terms(raw, FACTOR, MIN_SCALE, SCALE, INVERSE)
     if INVERSE:
         log_s = -log_s
-        y = (x - shift) * _math.exp(log_s)
+        y = (x - shift) * multiplier
     else:
-        y = x * _math.exp(log_s) + shift
+        y = x * multiplier + shift
     _store(y_ptr, size, tile, y)
     first_row, _, row, _, mask = tile
     total = tl.sum(tl.where(mask, log_s, 0.0), 1, keep_dims=True)
@@ -124,6 +179,7 @@ def _backward_kernel(
     size,
     chunks,
     FACTOR: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
     SCALE: tl.constexpr,
     INVERSE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -138,14 +194,13 @@ def _backward_kernel(
     grad_log_det_ptr += first_row * stride_grad_log_det
     row_mask = row < n_rows - first_row
     grad_log_det = tl.load(grad_log_det_ptr + row * stride_grad_log_det, row_mask, 0.0)
-    log_s, slope = _log_scale(raw, FACTOR, SCALE)
+    _, slope, multiplier = _scale_terms(raw, FACTOR, MIN_SCALE, SCALE, INVERSE)
+    grad_x = grad_y * multiplier
     if INVERSE:
         shift = _load(shift_ptr, stride_shift, tile, T)
-        grad_x = grad_y * _math.exp(-log_s)
         _store(grad_shift_ptr, size, tile, -grad_x)
         grad_raw = -slope * (grad_x * (x - shift) + grad_log_det)
     else:
-        grad_x = grad_y * _math.exp(log_s)
         grad_raw = slope * (grad_x * x + grad_log_det)
     _store(grad_x_ptr, size, tile, grad_x)
     _store(grad_raw_ptr, size, tile, grad_raw)
@@ -174,7 +229,13 @@ def _check(x: Tensor, **others: Tensor) -> None:
 
 
 def affine_coupling_fwd(
-    x: Tensor, raw_scale: Tensor, shift: Tensor, scale: str, inverse: bool, scale_factor: float
+    x: Tensor,
+    raw_scale: Tensor,
+    shift: Tensor,
+    scale: str,
+    inverse: bool,
+    scale_factor: float,
+    min_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Raw operator fastgen::affine_coupling_fwd."""
     _check(x, raw_scale=raw_scale, shift=shift)
@@ -199,6 +260,7 @@ def affine_coupling_fwd(
         size,
         chunks,
         FACTOR=scale_factor,
+        MIN_SCALE=min_scale,
         SCALE=scale,
         INVERSE=inverse,
         **launch,
@@ -215,6 +277,7 @@ def affine_coupling_bwd(
     scale: str,
     inverse: bool,
     scale_factor: float,
+    min_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raw operator fastgen::affine_coupling_bwd; forward has no third result, that is grad_y."""
     _check(x, grad_y=grad_y, raw_scale=raw_scale, shift=shift)
@@ -226,7 +289,8 @@ def affine_coupling_bwd(
     n_rows, size = x.shape[0], x.numel() // x.shape[0]
     programs, chunks, launch = _plan(n_rows, size, x.dtype)
     (grad_y, stride_grad_y), (x, stride_x) = rows(grad_y), rows(x)
-    (raw_scale, stride_raw), (shift, stride_shift) = rows(raw_scale), rows(shift)
+    # Forward's gradient does not read shift.
+    (raw_scale, stride_raw), (shift, stride_shift) = map(rows, (raw_scale, shift if inverse else x))
     _backward_kernel[(programs,)](
         grad_y,
         grad_log_det,
@@ -245,6 +309,7 @@ def affine_coupling_bwd(
         size,
         chunks,
         FACTOR=scale_factor,
+        MIN_SCALE=min_scale,
         SCALE=scale,
         INVERSE=inverse,
         **launch,

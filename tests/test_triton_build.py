@@ -68,10 +68,10 @@ class Launch(NamedTuple):
         return f"{self.name}-{'-'.join(str(o) for o in self.options)}-{sizes}"
 
 
-def _coupling(name, sizes, scale, inverse, registers, narrow):
+def _coupling(name, sizes, scale, min_scale, inverse, registers, narrow):
     backward = name.endswith("bwd")
     shapes = (sizes, (*sizes[:1], "sum")) if backward else ()
-    options = (scale, inverse, 1.5)
+    options = (scale, inverse, 1.5, min_scale)
     return Launch("affine_coupling", name, (*shapes, *[sizes] * 3), options, registers, narrow)
 
 
@@ -113,14 +113,17 @@ LAUNCHES = (
         )
     ),
     *(
-        _coupling(f"affine_coupling_{way}", sizes, scale, inverse, 96, narrow)
+        _coupling(f"affine_coupling_{way}", sizes, scale, min_scale, inverse, 96, narrow)
         for way in ("fwd", "bwd")
-        for sizes, scale, inverse, narrow in (
-            ((512, 32), "tanh", False, 4),
-            ((256, 6, 16, 16), "sigmoid", False, 1),
-            ((64, 24, 32, 32), "exp", True, 1),
-            ((1000, 21), "atan", True, None),
-            ((2**20, 2**12), "tanh", True, 1),
+        for sizes, scale, min_scale, inverse, narrow in (
+            ((512, 32), "tanh", 0.0, False, 4),
+            ((256, 6, 16, 16), "sigmoid", 0.0, False, 1),
+            ((256, 6, 16, 16), "sigmoid", 1e-3, True, 1),
+            ((64, 24, 32, 32), "exp", 0.0, True, 1),
+            ((1000, 21), "atan", 0.0, True, None),
+            ((1000, 21), "softplus", 0.0, True, None),
+            ((64, 24, 32, 32), "softplus", 1e-3, False, 1),
+            ((2**20, 2**12), "tanh", 0.0, True, 1),
         )
     ),
     *(

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.case import BACKWARD, COPY_ALL, Case, Provider, dtype_note
 from benchmarks.flow_peers import affine_peers
 from fastgen import ops
-from fastgen.ops.affine_coupling import SCALES
+from fastgen.ops.affine_coupling import FLOORED, SCALES
 
 # As many bytes as the forward reads and writes, twice those of x.clone(). With a backward it is no
 # floor.
@@ -20,15 +20,23 @@ COPY_OF_ALL = {
 }
 
 
-def _case(batch: int, size: int, scale: str = "tanh", dtype: torch.dtype = torch.float32) -> Case:
+def _case(
+    batch: int,
+    size: int,
+    scale: str = "tanh",
+    dtype: torch.dtype = torch.float32,
+    min_scale: float = 0.0,
+) -> Case:
+    options = [*[scale] * (scale != "tanh"), *[f"+ {min_scale:g}"] * (min_scale > 0)]
+
     def make(batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return tuple(torch.randn(batch, size, dtype=dtype) for _ in range(3))
 
     return Case(
         op="affine_coupling",
-        size=" ".join([f"{batch}x{size}", *[scale] * (scale != "tanh"), *dtype_note(dtype)]),
+        size=" ".join([f"{batch}x{size}", *options, *dtype_note(dtype)]),
         make=partial(make, batch, dtype),
-        call=partial(ops.affine_coupling, scale=scale),
+        call=partial(ops.affine_coupling, scale=scale, min_scale=min_scale),
         grad=(0, 1, 2),
         bytes=4 * dtype.itemsize * batch * size,
         flops=5 * batch * size,
@@ -36,7 +44,7 @@ def _case(batch: int, size: int, scale: str = "tanh", dtype: torch.dtype = torch
         bytes_backward=5 * dtype.itemsize * batch * size,
         flops_backward=8 * batch * size,
         # The form of Glow, the one scale that every library has.
-        peers=COPY_OF_ALL | (affine_peers() if scale == "sigmoid" else {}),
+        peers=COPY_OF_ALL | (affine_peers() if scale == "sigmoid" and min_scale == 0 else {}),
         small=partial(make, 16, torch.float64),
     )
 
@@ -44,6 +52,12 @@ def _case(batch: int, size: int, scale: str = "tanh", dtype: torch.dtype = torch
 CASES = [
     *(_case(65536, 64, scale) for scale in SCALES),
     *(_case(1024, 3072, scale) for scale in SCALES),
+    # nflows' and normflows' couplings and masked autoregressive flows.
+    *(
+        _case(batch, size, scale, min_scale=1e-3)
+        for batch, size in ((65536, 64), (1024, 3072))
+        for scale in FLOORED
+    ),
     _case(65536, 2),
     _case(1023, 37),
     _case(16, 64),

@@ -4,7 +4,8 @@
 
 namespace fastgen {
 
-enum class CouplingScale { kExp, kTanh, kSigmoid, kAtan };
+// kRaisedSigmoid: sigmoid with a floor under it. softplus has one formula for both.
+enum class CouplingScale { kExp, kTanh, kSigmoid, kRaisedSigmoid, kAtan, kSoftplus };
 
 template <class S>
 struct CouplingForward {
@@ -15,7 +16,7 @@ struct CouplingForward {
   acc_t<S>* partial;
   CouplingScale scale;
   bool inverse;
-  double factor;
+  double factor, min_scale;
 };
 
 template <class S>
@@ -28,7 +29,7 @@ struct CouplingBackward {
   S *grad_x, *grad_raw, *grad_shift;  // grad_shift: of the inverse only
   CouplingScale scale;
   bool inverse;
-  double factor;
+  double factor, min_scale;
 };
 
 template <class F>
@@ -41,8 +42,12 @@ void dispatch_coupling(CouplingScale scale, bool inverse, F&& f) {
       return with(std::integral_constant<CouplingScale, CouplingScale::kTanh>{});
     case CouplingScale::kSigmoid:
       return with(std::integral_constant<CouplingScale, CouplingScale::kSigmoid>{});
+    case CouplingScale::kRaisedSigmoid:
+      return with(std::integral_constant<CouplingScale, CouplingScale::kRaisedSigmoid>{});
     case CouplingScale::kAtan:
       return with(std::integral_constant<CouplingScale, CouplingScale::kAtan>{});
+    case CouplingScale::kSoftplus:
+      return with(std::integral_constant<CouplingScale, CouplingScale::kSoftplus>{});
   }
 }
 
@@ -54,16 +59,18 @@ void dispatch_coupling(CouplingScale scale, bool inverse, F&& f) {
 namespace fastgen {
 namespace {
 
-CouplingScale parse_scale(const std::string& name) {
+CouplingScale parse_scale(const std::string& name, double min_scale) {
   if (name == "exp") return CouplingScale::kExp;
   if (name == "tanh") return CouplingScale::kTanh;
-  if (name == "sigmoid") return CouplingScale::kSigmoid;
+  if (name == "sigmoid") return min_scale > 0 ? CouplingScale::kRaisedSigmoid : CouplingScale::kSigmoid;
+  if (name == "softplus") return CouplingScale::kSoftplus;
   STD_TORCH_CHECK(name == "atan", "affine_coupling: unknown scale '", name, "'");
   return CouplingScale::kAtan;
 }
 
 std::tuple<Tensor, Tensor> affine_coupling_fwd(const Tensor& x, const Tensor& raw_scale, const Tensor& shift,
-                                               std::string scale, bool inverse, double scale_factor) {
+                                               std::string scale, bool inverse, double scale_factor,
+                                               double min_scale) {
   check_like(raw_scale, x, "affine_coupling: raw_scale");
   check_like(shift, x, "affine_coupling: shift");
   const Rows xs(x), raws(raw_scale), shifts(shift);
@@ -73,9 +80,20 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(const Tensor& x, const Tensor& ra
     using S = std::remove_pointer_t<decltype(type)>;
     sum_rows(xs.count, xs.size, data<acc_t<S>>(log_det), [&](acc_t<S>* partial) {
       const bool dense = xs.dense() && raws.dense() && shifts.dense();
-      const CouplingForward<S> args{
-          xs.row<S>(0), raws.row<S>(0), shifts.row<S>(0), xs.stride,          raws.stride, shifts.stride, xs.size,
-          dense,        data<S>(y),     partial,          parse_scale(scale), inverse,     scale_factor};
+      const CouplingForward<S> args{xs.row<S>(0),
+                                    raws.row<S>(0),
+                                    shifts.row<S>(0),
+                                    xs.stride,
+                                    raws.stride,
+                                    shifts.stride,
+                                    xs.size,
+                                    dense,
+                                    data<S>(y),
+                                    partial,
+                                    parse_scale(scale, min_scale),
+                                    inverse,
+                                    scale_factor,
+                                    min_scale};
       parallel_pieces(xs.count, xs.size, [&](std::int64_t begin, std::int64_t end) {
         FASTGEN_DISPATCH_ISA(coupling_forward, args, begin, end);
       });
@@ -87,12 +105,13 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(const Tensor& x, const Tensor& ra
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(const Tensor& grad_y, const Tensor& grad_log_det,
                                                        const Tensor& x, const Tensor& raw_scale,
                                                        const Tensor& shift, std::string scale, bool inverse,
-                                                       double scale_factor) {
+                                                       double scale_factor, double min_scale) {
   check_like(raw_scale, x, "affine_coupling: raw_scale");
   check_like(shift, x, "affine_coupling: shift");
   check_like(grad_y, x, "affine_coupling: grad_y");
   check_shape(grad_log_det, {x.size(0)}, acc_type(x.scalar_type()), "affine_coupling: grad_log_det");
-  const Rows gys(grad_y), xs(x), raws(raw_scale), shifts(shift);
+  // forward's gradient does not read shift
+  const Rows gys(grad_y), xs(x), raws(raw_scale), shifts(inverse ? shift : x);
   const Tensor gld = as_contiguous(grad_log_det);
   Tensor grad_x = empty_contiguous(x), grad_raw = empty_contiguous(x);
   Tensor grad_shift = inverse ? empty_contiguous(x) : new_empty(x, {0}, x.scalar_type());
@@ -102,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(const Tensor& grad_y, con
     const CouplingBackward<S> args{
         gys.row<S>(0), data<acc_t<S>>(gld), xs.row<S>(0),      raws.row<S>(0),      shifts.row<S>(0),
         gys.stride,    xs.stride,           raws.stride,       shifts.stride,       xs.size,
-        dense,         data<S>(grad_x),     data<S>(grad_raw), data<S>(grad_shift), parse_scale(scale),
-        inverse,       scale_factor};
+        dense,         data<S>(grad_x),     data<S>(grad_raw), data<S>(grad_shift), parse_scale(scale, min_scale),
+        inverse,       scale_factor,        min_scale};
     parallel_pieces(xs.count, xs.size, [&](std::int64_t begin, std::int64_t end) {
       FASTGEN_DISPATCH_ISA(coupling_backward, args, begin, end);
     });

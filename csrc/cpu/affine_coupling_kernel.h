@@ -10,27 +10,78 @@ struct ScaleTerms {
   Vec<T> log_scale, slope, multiplier;
 };
 
-template <CouplingScale kScale, bool kInverse, class T>
-FASTGEN_INLINE ScaleTerms<T> scale_terms(Vec<T> raw, T factor) {
+// min_scale = whole + beyond, whole being 0 or 1, whichever is closer.
+template <class T>
+struct ScaleOptions {
+  T factor, min_scale, whole, beyond;
+  ScaleOptions(double factor, double min_scale)
+      : factor(static_cast<T>(factor)),
+        min_scale(static_cast<T>(min_scale)),
+        whole(min_scale < 0.5 ? T(0) : T(1)),
+        beyond(static_cast<T>(min_scale - whole)) {}
+};
+
+// log(whole + rest) for a sum rounded to `sum`, whole being 0 or 1: what the sum of 1 and a small rest has no room
+// for is most of its logarithm.
+template <class T>
+FASTGEN_INLINE Vec<T> log_sum(Vec<T> sum, Vec<T> whole, Vec<T> rest) {
+  const Vec<T> lost = rest - (sum - whole);
+  return log(sum) + select(rest < Vec<T>(T(1)), lost, Vec<T>(T(0)));
+}
+
+// With e = exp(-|a|): log sigmoid(a) = min(a, 0) - log(1 + e); log(sigmoid(a)) would underflow for a < -88.
+template <bool kInverse, class T>
+FASTGEN_INLINE ScaleTerms<T> sigmoid_terms(Vec<T> raw) {
   using V = Vec<T>;
-  const V one = V(T(1)), zero = V(T(0));
+  const V one = V(T(1)), zero = V(T(0)), a = raw + V(T(2)), e = exp(-abs(a));
+  const Mask<T> negative = a < zero;
+  const V over = select(negative, e, one), under = one + e;
+  return {min(a, zero) - log1p_unit(e), select(negative, one, e) / under, kInverse ? under / over : over / under};
+}
+
+template <bool kInverse, class T>
+FASTGEN_INLINE ScaleTerms<T> raised_sigmoid_terms(Vec<T> raw, const ScaleOptions<T>& options) {
+  using V = Vec<T>;
+  const V one = V(T(1)), a = raw + V(T(2)), e = exp(-abs(a));
+  const V larger = one / (one + e), smaller = e * larger;
+  const Mask<T> negative = a < V(T(0));
+  const V whole = select(negative, V(options.whole), one);
+  const V rest = select(negative, V(options.beyond) + smaller, V(options.min_scale) - smaller);
+  const V s = whole + rest, inverse = one / s;
+  return {log_sum(s, whole, rest), larger * smaller * inverse, kInverse ? inverse : s};
+}
+
+// Without a floor log softplus(a) is a as far as rounding goes below -40, long before softplus underflows.
+template <bool kInverse, class T>
+FASTGEN_INLINE ScaleTerms<T> softplus_terms(Vec<T> raw, const ScaleOptions<T>& options) {
+  using V = Vec<T>;
+  const V one = V(T(1)), zero = V(T(0)), e = exp(-abs(raw)), whole = V(options.whole);
+  const V rest = V(options.beyond) + (max(raw, zero) + log1p_unit(e));
+  const V s = whole + rest, over = select(raw < zero, e, one);
+  const Mask<T> linear = raw < V(options.min_scale == T(0) ? T(-40) : -std::numeric_limits<T>::infinity());
+  return {select(linear, raw, log_sum(s, whole, rest)), select(linear, one, over / ((one + e) * s)),
+          kInverse ? one / s : s};
+}
+
+template <CouplingScale kScale, bool kInverse, class T>
+FASTGEN_INLINE ScaleTerms<T> scale_terms(Vec<T> raw, const ScaleOptions<T>& options) {
+  using V = Vec<T>;
   if constexpr (kScale == CouplingScale::kSigmoid) {
-    // With e = exp(-|a|): log sigmoid(a) = min(a, 0) - log(1 + e); log(sigmoid(a)) would underflow for a < -88.
-    const V a = raw + V(T(2)), e = exp(-abs(a));
-    const Mask<T> negative = a < zero;
-    const V over = select(negative, e, one), under = one + e;
-    return {min(a, zero) - log1p_unit(e), select(negative, one, e) / under,
-            kInverse ? under / over : over / under};
+    return sigmoid_terms<kInverse>(raw);
+  } else if constexpr (kScale == CouplingScale::kRaisedSigmoid) {
+    return raised_sigmoid_terms<kInverse>(raw, options);
+  } else if constexpr (kScale == CouplingScale::kSoftplus) {
+    return softplus_terms<kInverse>(raw, options);
   } else {
-    V log_scale = raw, slope = one;
+    V log_scale = raw, slope = V(T(1));
     if constexpr (kScale == CouplingScale::kTanh) {
       const TanhTerms<T> t = tanh_terms(raw);
-      log_scale = V(factor) * t.tanh;
-      slope = V(factor) * t.slope;
+      log_scale = V(options.factor) * t.tanh;
+      slope = V(options.factor) * t.slope;
     } else if constexpr (kScale == CouplingScale::kAtan) {
-      const T scaled = factor * T(0.63661977236758134308);
+      const T scaled = options.factor * T(0.63661977236758134308);
       log_scale = V(scaled) * atan(raw);
-      slope = V(scaled) / fma(raw, raw, one);
+      slope = V(scaled) / fma(raw, raw, V(T(1)));
     }
     return {log_scale, slope, exp(kInverse ? -log_scale : log_scale)};
   }
@@ -38,12 +89,12 @@ FASTGEN_INLINE ScaleTerms<T> scale_terms(Vec<T> raw, T factor) {
 
 // n elements; gives log s to the sink, from element `at` on.
 template <CouplingScale kScale, bool kInverse, class S, class Sink>
-void coupling_run(const S* x, const S* raw, const S* shift, S* y, std::int64_t n, acc_t<S> factor,
-                  const Sink& sink) {
+void coupling_run(const S* x, const S* raw, const S* shift, S* y, std::int64_t n,
+                  const ScaleOptions<acc_t<S>>& options, const Sink& sink) {
   using V = Vec<acc_t<S>>;
   V log_scale;
   const auto step = [&](V x, V raw, V shift) FASTGEN_INLINE_LAMBDA {
-    const auto terms = scale_terms<kScale, kInverse>(raw, factor);
+    const auto terms = scale_terms<kScale, kInverse>(raw, options);
     log_scale = terms.log_scale;
     return kInverse ? (x - shift) * terms.multiplier : fma(x, terms.multiplier, shift);
   };
@@ -63,11 +114,12 @@ template <CouplingScale kScale, bool kInverse, class S>
 void coupling_forward_pieces(const CouplingForward<S>& a, std::int64_t begin, std::int64_t end) {
   using T = acc_t<S>;
   const T sign = T(kInverse ? -1 : 1);
+  const ScaleOptions<T> options(a.factor, a.min_scale);
   each_row_sum(begin, end, a.size, a.dense, sign, a.partial, [&](const Piece& piece, const auto& sink) {
     coupling_run<kScale, kInverse>(
         a.x + piece.row * a.x_stride + piece.first, a.raw + piece.row * a.raw_stride + piece.first,
         a.shift + piece.row * a.shift_stride + piece.first, a.y + piece.row * a.size + piece.first,
-        piece.last - piece.first, static_cast<T>(a.factor), sink);
+        piece.last - piece.first, options, sink);
   });
 }
 
@@ -75,7 +127,7 @@ template <CouplingScale kScale, bool kInverse, class S, class Value>
 void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const Value& grad_log_det) {
   using T = acc_t<S>;
   using V = Vec<T>;
-  const T factor = static_cast<T>(a.factor);
+  const ScaleOptions<T> options(a.factor, a.min_scale);
   const S* gy = a.grad_y + piece.row * a.grad_y_stride;
   const S* x = a.x + piece.row * a.x_stride;
   const S* raw = a.raw + piece.row * a.raw_stride;
@@ -84,7 +136,7 @@ void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const V
   S *grad_x = a.grad_x + out, *grad_raw = a.grad_raw + out;
   V gx, gr;
   const auto step = [&](V gy, V gld, V x, V raw, V shift) FASTGEN_INLINE_LAMBDA {
-    const auto terms = scale_terms<kScale, kInverse>(raw, factor);
+    const auto terms = scale_terms<kScale, kInverse>(raw, options);
     gx = gy * terms.multiplier;
     gr = kInverse ? -terms.slope * fma(gx, x - shift, gld) : terms.slope * fma(gx, x, gld);
   };

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgen import ops
 from fastgen.nn.reversible import Cotangents, Invertible, Memory, Unwound, pull_back
 from fastgen.ops import _check
-from fastgen.ops.affine_coupling import SCALES
+from fastgen.ops.affine_coupling import check_scale
 
 __all__ = ["AffineCoupling", "RQSplineCoupling"]
 
@@ -102,22 +102,24 @@ class AffineCoupling(_Coupling):
     x is (B, C, *spatial), split in halves along dimension 1 (masks of other patterns, such as
     the checkerboard, are a permutation of their own before the layer). With a conditioner whose
     last layer is zero, "exp", "tanh" and "atan" start as the identity; "sigmoid" starts at
-    s = 0.88, as Glow does.
+    s = 0.88, as Glow does, "softplus" at 0.69; `min_scale` adds to these.
 
     Args:
         conditioner: module that maps the kept half (B, C1, *spatial) to the raw scales and then
             the shifts of the other, (B, 2 * C2, *spatial); called with the context as second
             argument where there is one.
         swap: transform the first half by the second instead.
-        scale: how s comes from its raw value: "exp" | "tanh" | "sigmoid" | "atan"
-            (:func:`fastgen.ops.affine_coupling`).
+        scale: how s comes from its raw value: "exp" | "tanh" | "sigmoid" | "atan" |
+            "softplus" (:func:`fastgen.ops.affine_coupling`).
         scale_factor: bound of log s for "tanh" and "atan".
+        min_scale: floor under the s of "sigmoid" and "softplus".
 
     State dict: that of the conditioner, under "conditioner.".
 
     Raises:
-        TypeError, ValueError: unknown `scale`, `scale_factor` not positive; at the call, x with
-            fewer than 2 dimensions or channels, or a conditioner whose output has the wrong shape.
+        TypeError, ValueError: unknown `scale`, `scale_factor` not positive, `min_scale` negative or
+            with a scale that has no floor; at the call, x with fewer than 2 dimensions or channels,
+            or a conditioner whose output has the wrong shape.
     """
 
     def __init__(
@@ -127,21 +129,31 @@ class AffineCoupling(_Coupling):
         swap: bool = False,
         scale: str = "tanh",
         scale_factor: float = 1.0,
+        min_scale: float = 0.0,
     ) -> None:
         super().__init__(conditioner, 2, swap)
-        _check.one_of(scale, "scale", SCALES)
-        _check.positive(scale_factor, "scale_factor")
+        check_scale(scale, scale_factor, min_scale)
         self.scale = scale
         self.scale_factor = scale_factor
+        self.min_scale = min_scale
 
     def _transform(self, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         raw_scale, shift = raw.chunk(2, 1)
         return ops.affine_coupling(
-            x, raw_scale, shift, scale=self.scale, inverse=inverse, scale_factor=self.scale_factor
+            x,
+            raw_scale,
+            shift,
+            scale=self.scale,
+            inverse=inverse,
+            scale_factor=self.scale_factor,
+            min_scale=self.min_scale,
         )
 
     def extra_repr(self) -> str:
-        return f"swap={self.swap}, scale={self.scale!r}, scale_factor={self.scale_factor}"
+        return (
+            f"swap={self.swap}, scale={self.scale!r}, scale_factor={self.scale_factor}, "
+            f"min_scale={self.min_scale}"
+        )
 
 
 class RQSplineCoupling(_Coupling):

@@ -6,7 +6,8 @@
 with s > 0 computed from the raw output a of the conditioner: log s = a ("exp", RealNVP: Dinh et al.
 2017, eq. 7), f * tanh(a) ("tanh", the bounded form that RealNVP trains with), log sigmoid(a + 2)
 ("sigmoid", Glow: Kingma & Dhariwal 2018), f * (2/pi) * atan(a) ("atan", the soft clamp of Ardizzone
-et al. 2019), where f is `scale_factor`.
+et al. 2019), log softplus(a) ("softplus"), where f is `scale_factor`. With `min_scale` m, s is
+sigmoid(a + 2) + m or softplus(a) + m, which m is a floor under (nflows, Durkan et al. 2020: 1e-3).
 
 Shapes: x, raw_scale, shift (B, ...), one dtype of float32, float64, float16, bfloat16; y as x;
 log_det (B,) float32, float64 for float64 inputs. Half inputs are computed in float32. Gradients:
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import logsigmoid
 
 from fastgen import backends
 from fastgen.ops import _check, _library
@@ -35,22 +37,31 @@ from fastgen.ops._autograd import (
 
 __all__ = ["affine_coupling"]
 
-SCALES = ("exp", "tanh", "sigmoid", "atan")
+SCALES = ("exp", "tanh", "sigmoid", "atan", "softplus")
+#: Those that take a floor, `min_scale`.
+FLOORED = ("sigmoid", "softplus")
 
 _fwd = _library.define(
     "affine_coupling_fwd(Tensor x, Tensor raw_scale, Tensor shift, str scale, bool inverse, "
-    "float scale_factor) -> (Tensor, Tensor)"
+    "float scale_factor, float min_scale) -> (Tensor, Tensor)"
 )
 # Of its third result, the gradient of shift, forward has none (0,): there it is grad_y itself.
 _bwd = _library.define(
     "affine_coupling_bwd(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor raw_scale, "
-    "Tensor shift, str scale, bool inverse, float scale_factor) -> (Tensor, Tensor, Tensor)"
+    "Tensor shift, str scale, bool inverse, float scale_factor, float min_scale) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
 @_library.register_fake("affine_coupling_fwd")
 def _(
-    x: Tensor, raw_scale: Tensor, shift: Tensor, scale: str, inverse: bool, scale_factor: float
+    x: Tensor,
+    raw_scale: Tensor,
+    shift: Tensor,
+    scale: str,
+    inverse: bool,
+    scale_factor: float,
+    min_scale: float,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=accumulate_dtype(x.dtype))
 
@@ -65,6 +76,7 @@ def _(
     scale: str,
     inverse: bool,
     scale_factor: float,
+    min_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_shift = x.new_empty(x.shape if inverse else (0,))
     return x.new_empty(x.shape), x.new_empty(x.shape), grad_shift
@@ -75,20 +87,37 @@ _library.register_vmap_fold("affine_coupling_bwd")
 _library.register_triton("affine_coupling", "affine_coupling_fwd", "affine_coupling_bwd")
 
 
+def _log_scale(a: Tensor, scale: str, scale_factor: float, min_scale: float) -> Tensor:
+    """log s of the raw output a."""
+    if scale == "exp":
+        return a
+    if scale == "tanh":
+        return scale_factor * torch.tanh(a)
+    if scale == "atan":
+        return scale_factor * (2 / math.pi) * torch.atan(a)
+    if scale == "sigmoid" and min_scale == 0:
+        return logsigmoid(a + 2)
+    if scale == "sigmoid":
+        return torch.log(torch.sigmoid(a + 2) + min_scale)
+    # softplus(a) = -logsigmoid(-a); PyTorch's softplus is a itself from 20 on.
+    if min_scale != 0:
+        return torch.log(min_scale - logsigmoid(-a))
+    # log softplus(a) is a as far as rounding goes below -40, long before softplus underflows.
+    return torch.where(a < -40, a, torch.log(-logsigmoid(-a.clamp(min=-40))))
+
+
 def affine_coupling_reference(
-    x: Tensor, raw_scale: Tensor, shift: Tensor, scale: str, inverse: bool, scale_factor: float
+    x: Tensor,
+    raw_scale: Tensor,
+    shift: Tensor,
+    scale: str,
+    inverse: bool,
+    scale_factor: float,
+    min_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch; arguments as :func:`affine_coupling`, all positional."""
     dtype = accumulate_dtype(x.dtype)
-    a = raw_scale.to(dtype)
-    if scale == "exp":
-        log_s = a
-    elif scale == "tanh":
-        log_s = scale_factor * torch.tanh(a)
-    elif scale == "sigmoid":
-        log_s = torch.nn.functional.logsigmoid(a + 2)
-    else:
-        log_s = scale_factor * (2 / math.pi) * torch.atan(a)
+    log_s = _log_scale(raw_scale.to(dtype), scale, scale_factor, min_scale)
     log_det = sum_per_sample(log_s)
     if inverse:
         return ((x.to(dtype) - shift.to(dtype)) * torch.exp(-log_s)).to(x.dtype), -log_det
@@ -112,8 +141,9 @@ class _AffineCoupling(Function):
         tensors = (grad_y, grad_log_det, *ctx.saved_tensors)
         grads = run(_AffineCouplingBackward, _bwd, tensors, *ctx.options)
         grad_x, grad_raw_scale, grad_shift = grads
-        _, inverse, _ = ctx.options
-        return grad_x, grad_raw_scale, grad_shift if inverse else grad_y, None, None, None
+        inverse = ctx.options[1]
+        grad_shift = grad_shift if inverse else grad_y
+        return grad_x, grad_raw_scale, grad_shift, None, None, None, None
 
 
 class _AffineCouplingBackward(Function):
@@ -135,18 +165,31 @@ class _AffineCouplingBackward(Function):
         def reference(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
             return affine_coupling_reference(x, raw_scale, shift, *ctx.options)
 
-        _, inverse, _ = ctx.options
+        inverse = ctx.options[1]
         wanted = (*grads[:2], grads[2] if inverse else None)
         gx, graw, gshift, ggy, ggld = reference_vjp(
             reference, primals, (grad_y, grad_log_det), wanted
         )
-        return ggy, ggld, gx, graw, gshift, None, None, None
+        return ggy, ggld, gx, graw, gshift, None, None, None, None
 
 
-def _fused(
-    x: Tensor, raw_scale: Tensor, shift: Tensor, scale: str, inverse: bool, scale_factor: float
-) -> tuple[Tensor, Tensor]:
-    return run(_AffineCoupling, _fwd, (x, raw_scale, shift), scale, inverse, scale_factor)
+def _fused(x: Tensor, raw_scale: Tensor, shift: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return run(_AffineCoupling, _fwd, (x, raw_scale, shift), *options)
+
+
+def check_scale(scale: str, scale_factor: float, min_scale: float) -> None:
+    """Raises where these are no options of :func:`affine_coupling`."""
+    _check.one_of(scale, "scale", SCALES)
+    _check.positive(scale_factor, "scale_factor")
+    _check.non_negative(min_scale, "min_scale")
+    if min_scale == 0:
+        return
+    if scale not in FLOORED:
+        raise ValueError(
+            f"min_scale: expected 0 with scale={scale!r}, which has no floor, got {min_scale}"
+        )
+    if min_scale < torch.finfo(torch.float32).tiny:
+        raise ValueError(f"min_scale: expected 0 or a normal float32 number, got {min_scale}")
 
 
 def _prepare(
@@ -157,6 +200,7 @@ def _prepare(
     scale: str = "tanh",
     inverse: bool = False,
     scale_factor: float = 1.0,
+    min_scale: float = 0.0,
 ) -> tuple:
     alike = _check.alike(x, raw_scale, shift)
     if not alike:
@@ -166,9 +210,8 @@ def _prepare(
     if not alike:
         for value, name in ((raw_scale, "raw_scale"), (shift, "shift")):
             _check.like(value, name, x, "x")
-    _check.one_of(scale, "scale", SCALES)
-    _check.positive(scale_factor, "scale_factor")
-    return x, raw_scale, shift, scale, bool(inverse), float(scale_factor)
+    check_scale(scale, scale_factor, min_scale)
+    return x, raw_scale, shift, scale, bool(inverse), float(scale_factor), float(min_scale)
 
 
 _OP = backends.Op("affine_coupling", _prepare)
@@ -187,6 +230,7 @@ def affine_coupling(
     scale: str = "tanh",
     inverse: bool = False,
     scale_factor: float = 1.0,
+    min_scale: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Transforms the second half of a coupling layer and gives the log-determinant of its Jacobian.
@@ -195,9 +239,12 @@ def affine_coupling(
         x: (B, ...), the half to transform.
         raw_scale: (B, ...), the conditioner's raw scale output.
         shift: (B, ...), the conditioner's shift output.
-        scale: how s comes from `raw_scale`: "exp" | "tanh" | "sigmoid" | "atan" (module docstring).
+        scale: how s comes from `raw_scale`: "exp" | "tanh" | "sigmoid" | "atan" | "softplus"
+            (module docstring).
         inverse: undo the transform instead.
         scale_factor: bound f of log s for "tanh" and "atan"; the others ignore it.
+        min_scale: floor m, added to the s of "sigmoid" and "softplus": 0, or a normal float32
+            number.
         backend: force "triton", "cpu" or "reference".
 
     Returns:
@@ -207,9 +254,17 @@ def affine_coupling(
     Raises:
         TypeError: not tensors, not floating, or mixed dtypes outside autocast.
         ValueError: shapes or devices differ; unknown `scale` or `backend`; `scale_factor` not
-            positive.
+            positive; `min_scale` negative, not finite, subnormal, or with a scale without floor.
 
     Autocast: mixed dtypes become the widest of them.
     """
-    args = _prepare(x, raw_scale, shift, scale=scale, inverse=inverse, scale_factor=scale_factor)
+    args = _prepare(
+        x,
+        raw_scale,
+        shift,
+        scale=scale,
+        inverse=inverse,
+        scale_factor=scale_factor,
+        min_scale=min_scale,
+    )
     return _OP(args, backend)

@@ -27,7 +27,9 @@ def make(kind, channels=6, spatial=False, swap=False, **options):
 
 
 LAYERS = (
-    *((AffineCoupling, {"scale": s}) for s in ("exp", "tanh", "sigmoid", "atan")),
+    *((AffineCoupling, {"scale": s}) for s in ("exp", "tanh", "sigmoid", "atan", "softplus")),
+    (AffineCoupling, {"scale": "sigmoid", "min_scale": 0.1}),
+    (AffineCoupling, {"scale": "softplus", "min_scale": 1e-3}),
     (RQSplineCoupling, {}),
     (RQSplineCoupling, {"num_bins": 5, "tail_bound": 1.0}),
 )
@@ -81,7 +83,8 @@ def test_image_is_its_pixels(kind, options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [row for row in LAYERS if "sigmoid" not in row[1].values()]
+    ("kind", "options"),
+    [row for row in LAYERS if row[1].get("scale") not in ("sigmoid", "softplus")],
 )
 def test_zero_last_layer_is_the_identity(kind, options):
     layer = make(kind, **options)
@@ -147,6 +150,9 @@ def test_repr():
     assert "swap=True, scale='atan', scale_factor=2.0" in repr(
         make(AffineCoupling, swap=True, scale="atan", scale_factor=2.0)
     )
+    assert "scale='softplus', scale_factor=1.0, min_scale=0.001" in repr(
+        make(AffineCoupling, scale="softplus", min_scale=1e-3)
+    )
     assert "swap=False, num_bins=5, tail_bound=3.0" in repr(make(RQSplineCoupling, num_bins=5))
 
 
@@ -155,6 +161,7 @@ def test_repr():
     (
         (AffineCoupling, {"scale": "relu"}, ValueError, "scale: expected one of exp, "),
         (AffineCoupling, {"scale_factor": 0.0}, ValueError, "scale_factor: expected a positive"),
+        (AffineCoupling, {"min_scale": 0.1}, ValueError, "min_scale: expected 0 with scale='tanh'"),
         (RQSplineCoupling, {"num_bins": 0}, ValueError, "num_bins: expected"),
         (RQSplineCoupling, {"tail_bound": -1.0}, ValueError, "tail_bound: expected a positive"),
     ),

@@ -44,8 +44,12 @@ def conditioner(dim, each):
     return net
 
 
-def affine(swap=False, dim=6):
-    return AffineCoupling(conditioner(dim // 2, 2), swap=swap)
+def affine(swap=False, dim=6, **options):
+    return AffineCoupling(conditioner(dim // 2, 2), swap=swap, **options)
+
+
+def floored(swap=False, dim=6):
+    return affine(swap, dim, scale="softplus", min_scale=0.5)
 
 
 def spline(swap=False, dim=6):
@@ -58,6 +62,7 @@ def couplings(make, count):
 
 CHAINS = {
     "affine": lambda: couplings(affine, 5),
+    "affine with a floor": lambda: couplings(floored, 5),
     "spline": lambda: couplings(spline, 5),
     "mixed": lambda: [affine(), Flip(), spline(True), Shift(6), spline(), Flip(), affine(True)],
     "default": lambda: [Shift(6), Shift(6)],
