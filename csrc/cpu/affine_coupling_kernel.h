@@ -4,6 +4,8 @@
 
 namespace fastgen::FASTGEN_ISA_NS {
 
+constexpr std::int64_t kLongestPiece = std::max(kPiece, kRowBlock);
+
 // log s, d(log s)/d(raw), and what x is multiplied by: s, or 1 / s for the inverse.
 template <class T>
 struct ScaleTerms {
@@ -110,16 +112,26 @@ void coupling_run(const S* x, const S* raw, const S* shift, S* y, std::int64_t n
   }
 }
 
+// The parameters of a piece side by side: where they lie, or in the buffer.
+template <class S>
+const S* side_by_side(const Parameters<S>& p, const Piece& piece, S* buffer) {
+  const S* row = p.data + piece.row * p.stride;
+  if (!p.paired) return row + piece.first;
+  row += 2 * piece.first;
+  for (std::int64_t i = 0; i < piece.last - piece.first; ++i) buffer[i] = row[2 * i];
+  return buffer;
+}
+
 template <CouplingScale kScale, bool kInverse, class S>
 void coupling_forward_pieces(const CouplingForward<S>& a, std::int64_t begin, std::int64_t end) {
   using T = acc_t<S>;
   const T sign = T(kInverse ? -1 : 1);
   const ScaleOptions<T> options(a.factor, a.min_scale);
   each_row_sum(begin, end, a.size, a.dense, sign, a.partial, [&](const Piece& piece, const auto& sink) {
-    coupling_run<kScale, kInverse>(
-        a.x + piece.row * a.x_stride + piece.first, a.raw + piece.row * a.raw_stride + piece.first,
-        a.shift + piece.row * a.shift_stride + piece.first, a.y + piece.row * a.size + piece.first,
-        piece.last - piece.first, options, sink);
+    alignas(64) S raw[kLongestPiece], shift[kLongestPiece];
+    coupling_run<kScale, kInverse>(a.x + piece.row * a.x_stride + piece.first, side_by_side(a.raw, piece, raw),
+                                   side_by_side(a.shift, piece, shift), a.y + piece.row * a.size + piece.first,
+                                   piece.last - piece.first, options, sink);
   });
 }
 
@@ -128,11 +140,12 @@ void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const V
   using T = acc_t<S>;
   using V = Vec<T>;
   const ScaleOptions<T> options(a.factor, a.min_scale);
-  const S* gy = a.grad_y + piece.row * a.grad_y_stride;
-  const S* x = a.x + piece.row * a.x_stride;
-  const S* raw = a.raw + piece.row * a.raw_stride;
-  const S* shift = a.shift + piece.row * a.shift_stride;
-  const std::int64_t out = piece.row * a.size;
+  alignas(64) S raw_buffer[kLongestPiece], shift_buffer[kLongestPiece];
+  const S* gy = a.grad_y + piece.row * a.grad_y_stride + piece.first;
+  const S* x = a.x + piece.row * a.x_stride + piece.first;
+  const S* raw = side_by_side(a.raw, piece, raw_buffer);
+  const S* shift = kInverse ? side_by_side(a.shift, piece, shift_buffer) : x;
+  const std::int64_t out = piece.row * a.size + piece.first, n = piece.last - piece.first;
   S *grad_x = a.grad_x + out, *grad_raw = a.grad_raw + out;
   V gx, gr;
   const auto step = [&](V gy, V gld, V x, V raw, V shift) FASTGEN_INLINE_LAMBDA {
@@ -140,16 +153,16 @@ void coupling_grad_run(const CouplingBackward<S>& a, const Piece& piece, const V
     gx = gy * terms.multiplier;
     gr = kInverse ? -terms.slope * fma(gx, x - shift, gld) : terms.slope * fma(gx, x, gld);
   };
-  std::int64_t j = piece.first;
-  for (; j + V::width <= piece.last; j += V::width) {
-    step(load(gy + j), grad_log_det(j - piece.first), load(x + j), load(raw + j), load(shift + j));
+  std::int64_t j = 0;
+  for (; j + V::width <= n; j += V::width) {
+    step(load(gy + j), grad_log_det(j), load(x + j), load(raw + j), load(shift + j));
     store(grad_x + j, gx);
     store(grad_raw + j, gr);
     if constexpr (kInverse) store(a.grad_shift + out + j, -gx);
   }
-  if (j < piece.last) {
-    const int rest = static_cast<int>(piece.last - j);
-    step(load_n(gy + j, rest), grad_log_det(j - piece.first), load_n(x + j, rest), load_n(raw + j, rest),
+  if (j < n) {
+    const int rest = static_cast<int>(n - j);
+    step(load_n(gy + j, rest), grad_log_det(j), load_n(x + j, rest), load_n(raw + j, rest),
          load_n(shift + j, rest));
     store_n(grad_x + j, gx, rest);
     store_n(grad_raw + j, gr, rest);
