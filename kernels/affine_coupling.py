@@ -59,7 +59,7 @@ def _raised_sigmoid(raw, MIN_SCALE: tl.constexpr):
     whole = tl.where(a < 0.0, WHOLE, 1.0)
     rest = tl.where(a < 0.0, BEYOND + smaller, MIN_SCALE - smaller)
     s = whole + rest
-    return _log_sum(s, whole, rest), larger * smaller / s, s
+    return _log_sum(s, whole, rest), larger * smaller * (1.0 / s), s
 
 
 @triton.jit
@@ -70,13 +70,13 @@ def _softplus(raw, MIN_SCALE: tl.constexpr):
     e = _math.exp(-tl.abs(raw))
     rest = BEYOND + _math.softplus(raw)
     s = WHOLE + rest
-    slope = tl.where(raw < 0.0, e, 1.0) / (1.0 + e)
-    if MIN_SCALE == 0.0:
-        # log softplus(a) is a as far as rounding goes below -40; softplus itself underflows.
-        low = raw < -40.0
-        log_s = tl.where(low, raw, _math.log(tl.where(low, 1.0, s)))
-        return log_s, tl.where(low, 1.0, slope / tl.where(low, 1.0, s)), s
-    return _log_sum(s, WHOLE, rest), slope / s, s
+    slope = tl.where(raw < 0.0, e, 1.0) / (1.0 + e) * (1.0 / s)
+    if MIN_SCALE > 0.0:
+        return _log_sum(s, WHOLE, rest), slope, s
+    # log softplus(a) is a as far as rounding goes below -40; softplus itself underflows.
+    low = raw < -40.0
+    log_s = tl.where(low, raw, _math.log(tl.where(low, 1.0, s)))
+    return log_s, tl.where(low, 1.0, slope), s
 
 
 @triton.jit
