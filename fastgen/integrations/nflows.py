@@ -7,8 +7,6 @@ Two conventions differ from :func:`fastgen.ops.rq_spline` and are mapped exactly
 - Without tails nflows has K + 1 free derivatives, those at the ends of the interval too. Such a
   spline is the middle third of one with linear tails and a bin more on each side, whose inner
   knots are all K + 1 knots.
-
-The scale maps of its affine transforms are made outside the op, which takes their logarithm.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from nflows.transforms.base import InputOutsideDomain
 from nflows.transforms.splines import rational_quadratic as rq
 from nflows.utils import torchutils
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastgen import ops
 from fastgen.integrations._calls import (
@@ -322,32 +319,45 @@ class FusedPiecewiseRationalQuadraticCDF(_OnSpline, nonlinearities.PiecewiseRati
         return super()._spline(inputs, inverse) if result is None else result
 
 
-def _affine(
-    inputs: Tensor, log_scale: Tensor, shift: Tensor, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """log_scale and shift are in the dtype to compute in."""
-    y, log_det = ops.affine_coupling(
-        inputs.to(shift.dtype), log_scale, shift, scale="exp", inverse=inverse
-    )
+def _affine(inputs: Tensor, raw: Tensor, shift: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """ops.affine_coupling in the wider of the dtypes; both results in that of the inputs."""
+    dtype = torch.promote_types(inputs.dtype, raw.dtype)
+    y, log_det = ops.affine_coupling(inputs.to(dtype), raw.to(dtype), shift.to(dtype), **options)
     return y.to(inputs.dtype), log_det_as(log_det, inputs.dtype)
 
 
-def _reason_against_affine(inputs: Tensor, shift: Tensor) -> str | None:
-    if (reason := reason_against(inputs, shift)) is not None:
-        return reason
-    return None if shift.shape == inputs.shape else "parameters of other shapes than the inputs'"
-
-
 class _OnAffine:
-    """explain() of a call."""
+    """What the affine transforms share."""
+
+    #: What nflows adds to the scale.
+    _floor: float
 
     def own_code(self, inputs: Tensor, context: Tensor | None = None) -> str | None:
         """Why this call runs nflows' code, or None."""
-        return reason_against(inputs)
+        return self._reason_against(inputs)
+
+    def _reason_against(self, *tensors: Tensor) -> str | None:
+        floor = self._floor
+        if not is_number(floor) or not torch.finfo(torch.float32).tiny <= floor < math.inf:
+            return f"a scale of at least {floor!r}"
+        return reason_against(*tensors)
+
+    def _takes(self, inputs: Tensor, parameters: Tensor) -> bool:
+        """Whether these are (B, C, ...) and (B, 2 C, ...), and a line in the log where not."""
+        reason = self._reason_against(inputs, parameters)
+        if reason is None:
+            batch, channels, *others = inputs.shape
+            if parameters.shape == (batch, 2 * channels, *others):
+                return True
+            reason = "parameters of other shapes than the inputs'"
+        _log(self, reason)
+        return False
 
 
 class FusedAffineCouplingTransform(_OnAffine, coupling.AffineCouplingTransform):
     """A patched nflows.transforms.AffineCouplingTransform."""
+
+    _floor = 1e-3
 
     def _coupling_transform_forward(
         self, inputs: Tensor, transform_params: Tensor
@@ -368,12 +378,10 @@ class FusedAffineCouplingTransform(_OnAffine, coupling.AffineCouplingTransform):
     def _couple(
         self, inputs: Tensor, transform_params: Tensor, inverse: bool
     ) -> tuple[Tensor, Tensor] | None:
-        shift, raw = transform_params.tensor_split((inputs.shape[1],), 1)
-        if (reason := _reason_against_affine(inputs, shift)) is not None:
-            _log(self, reason)
+        if not self._takes(inputs, transform_params):
             return None
-        shift, raw = (t.to(common_dtype(inputs, raw)) for t in (shift, raw))
-        return _affine(inputs, torch.log((raw + 2).sigmoid_() + 1e-3), shift, inverse)
+        shift, raw = transform_params.chunk(2, 1)
+        return _affine(inputs, raw, shift, scale="sigmoid", min_scale=self._floor, inverse=inverse)
 
 
 class FusedAdditiveCouplingTransform(coupling.AdditiveCouplingTransform):
@@ -395,6 +403,10 @@ class FusedMaskedAffineAutoregressiveTransform(
 ):
     """A patched nflows.transforms.MaskedAffineAutoregressiveTransform."""
 
+    @property
+    def _floor(self) -> float:  # type: ignore[override]
+        return self._epsilon
+
     def _elementwise_forward(
         self, inputs: Tensor, autoregressive_params: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -414,12 +426,10 @@ class FusedMaskedAffineAutoregressiveTransform(
     def _elementwise(
         self, inputs: Tensor, autoregressive_params: Tensor, inverse: bool
     ) -> tuple[Tensor, Tensor] | None:
-        raw, shift = autoregressive_params.unflatten(-1, (-1, 2)).unbind(-1)
-        if (reason := _reason_against_affine(inputs, shift)) is not None:
-            _log(self, reason)
+        if not self._takes(inputs, autoregressive_params):
             return None
-        raw, shift = (t.to(common_dtype(inputs, raw)) for t in (raw, shift))
-        return _affine(inputs, torch.log(F.softplus(raw) + self._epsilon), shift, inverse)
+        raw, shift = autoregressive_params.unflatten(1, (-1, 2)).unbind(-1)
+        return _affine(inputs, raw, shift, scale="softplus", min_scale=self._floor, inverse=inverse)
 
 
 _SPLINE = (

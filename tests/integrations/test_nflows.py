@@ -215,7 +215,10 @@ def test_state_and_class_both_ways(case):
     assert_close(twin(x, context), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", ["spline", "spline-no-tails", "affine", "autoregressive-spline"])
+@pytest.mark.parametrize(
+    "case",
+    ["spline", "spline-no-tails", "affine", "autoregressive-affine", "autoregressive-spline"],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(case, dtype):
     plain, patched, x, _ = build(case, torch.float32)
@@ -227,11 +230,52 @@ def test_half_precision(case, dtype):
     torch.testing.assert_close(log_det.float(), expected_log_det, rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("case", ["spline", "affine", "additive", "autoregressive-spline", "cdf"])
+@pytest.mark.parametrize(
+    "case",
+    ["spline", "affine", "additive", "autoregressive-affine", "autoregressive-spline", "cdf"],
+)
 def test_compiles_whole(case):
     _, patched, x, context = build(case)
     compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, context), patched(x, context), **CLOSE)
+
+
+@pytest.mark.parametrize("case", ["affine", "affine-image", "autoregressive-affine"])
+@pytest.mark.parametrize("bias", [-200.0, -30.0, 30.0, 1000.0])
+def test_affine_scales_at_their_ends(case, bias):
+    plain, patched, x, context = build(case, torch.float32)
+    for transform in (plain, patched):
+        with torch.no_grad():
+            for name, parameter in transform.named_parameters():
+                if "final_layer" in name:
+                    parameter.mul_(0.1).add_(bias * name.endswith("bias"))
+    for inverse in (False, True):
+        actual, expected, exact = (
+            outcome(t, *inputs, inverse)
+            for t, inputs in (
+                (patched, (x, context)),
+                (plain, (x, context)),
+                (
+                    copy.deepcopy(plain).double(),
+                    [t if t is None else t.double() for t in (x, context)],
+                ),
+            )
+        )
+        assert_rounded_alike(actual, expected, exact)
+
+
+def test_autoregressive_affine_with_another_floor(caplog):
+    plain, patched, x, context = build("autoregressive-affine")
+    plain._epsilon = patched._epsilon = 0.25
+    assert_close(outcome(patched, x, context), outcome(plain, x, context), **CLOSE)
+    assert fastgen.explain(patched, x).chosen == "fastgen"
+    _library.run_own_code.cache_clear()
+    plain._epsilon = patched._epsilon = torch.tensor(0.25)
+    with caplog.at_level("DEBUG", "fastgen"):
+        assert_close(outcome(patched, x, context), outcome(plain, x, context), rtol=0, atol=0)
+    assert "a scale of at least tensor(0.25" in caplog.text
+    patched._epsilon = -1.0
+    assert fastgen.explain(patched, x).rejected == {"fastgen": "a scale of at least -1.0"}
 
 
 def test_an_unscaled_conditioner_still_warns():
