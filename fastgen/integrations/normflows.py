@@ -1,5 +1,5 @@
-"""Couplings and rational-quadratic splines of normflows on :func:`fastgen.ops.affine_coupling` and
-:func:`fastgen.ops.rq_spline`.
+"""Couplings, masked affine autoregression and rational-quadratic splines of normflows on
+:func:`fastgen.ops.affine_coupling` and :func:`fastgen.ops.rq_spline`.
 
 GlowBlock and the neural spline layers (CoupledRationalQuadraticSpline and its kin) are made of the
 classes covered here. The library's raw derivatives are ours plus log(exp(1 - min_derivative) - 1).
@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 import torch
-from normflows.flows.affine.autoregressive import Autoregressive
+from normflows.flows.affine.autoregressive import Autoregressive, MaskedAffineAutoregressive
 from normflows.flows.affine.coupling import AffineCoupling, AffineCouplingBlock, MaskedAffineFlow
 from normflows.flows.neural_spline.autoregressive import (
     MaskedPiecewiseRationalQuadraticAutoregressive,
@@ -39,6 +39,7 @@ __all__ = [
     "LIBRARY",
     "FusedAffineCoupling",
     "FusedAffineCouplingBlock",
+    "FusedMaskedAffineAutoregressive",
     "FusedMaskedAffineFlow",
     "FusedMaskedPiecewiseRationalQuadraticAutoregressive",
     "FusedPiecewiseRationalQuadraticCDF",
@@ -217,6 +218,42 @@ def _against_mask(flow: MaskedAffineFlow) -> str | None:
     if not ((flow.b == 0) | (flow.b == 1)).all():
         return "a mask that is not of zeros and ones"
     return None
+
+
+class FusedMaskedAffineAutoregressive(MaskedAffineAutoregressive):
+    """A patched normflows MaskedAffineAutoregressive."""
+
+    def own_code(self, inputs: Tensor, context: Any = None) -> str | None:
+        return _against_rank(inputs) or reason_against(inputs)
+
+    def _elementwise_forward(
+        self, inputs: Tensor, autoregressive_params: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self._takes(inputs, autoregressive_params):
+            return self._elementwise(inputs, autoregressive_params, inverse=False)
+        return super()._elementwise_forward(inputs, autoregressive_params)
+
+    def _elementwise_inverse(
+        self, inputs: Tensor, autoregressive_params: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self._takes(inputs, autoregressive_params):
+            return self._elementwise(inputs, autoregressive_params, inverse=True)
+        return super()._elementwise_inverse(inputs, autoregressive_params)
+
+    def _takes(self, inputs: Tensor, params: Tensor) -> bool:
+        reason = _against_rank(inputs) or _against_pairs(inputs, params)
+        if reason is not None:
+            _library.run_own_code("MaskedAffineAutoregressive", reason)
+        return reason is None
+
+    def _elementwise(self, inputs: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        raw_scale, shift = params.unflatten(1, (-1, 2)).unbind(2)
+        return affine(inputs, raw_scale, shift, scale="sigmoid", min_scale=1e-3, inverse=inverse)
+
+
+def _against_rank(inputs: Tensor) -> str | None:
+    """Why an autoregressive network does not take this input, or None."""
+    return None if inputs.dim() == 2 else f"an input of {inputs.dim()} dimensions"
 
 
 def _against_spline(
@@ -398,9 +435,7 @@ class FusedMaskedPiecewiseRationalQuadraticAutoregressive(
     """A patched normflows MaskedPiecewiseRationalQuadraticAutoregressive."""
 
     def own_code(self, inputs: Tensor, context: Any = None) -> str | None:
-        if inputs.dim() != 2:
-            return f"an input of {inputs.dim()} dimensions"
-        return reason_against(inputs)
+        return _against_rank(inputs) or reason_against(inputs)
 
     def _elementwise(
         self, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False
@@ -439,6 +474,12 @@ LIBRARY = Library(
             "16a622d14d9f2c8c",
             (Split, Merge),
             _against_block,
+        ),
+        Swap(
+            MaskedAffineAutoregressive,
+            FusedMaskedAffineAutoregressive,
+            "0879b5038868870b",
+            (Autoregressive, sum_except_batch),
         ),
         Swap(MaskedAffineFlow, FusedMaskedAffineFlow, "52709bb00e386ac4", (), _against_mask),
         _spline_swap(

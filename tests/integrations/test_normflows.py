@@ -59,6 +59,10 @@ def images(net=nf.nets.ConvResidualNet, **options):
     )
 
 
+def masked_autoregressive(*args, **options):
+    return nf.flows.MaskedAffineAutoregressive(5, 8, *args, num_blocks=1, **options)
+
+
 Coupled = nf.flows.CoupledRationalQuadraticSpline
 Autoregressive = nf.flows.AutoregressiveRationalQuadraticSpline
 AFFINE = {
@@ -71,6 +75,16 @@ AFFINE = {
         for m in MAPS
         for s in MODES
     },
+    "autoregressive affine": (masked_autoregressive, (6, 5)),
+    "autoregressive affine, context": (lambda: masked_autoregressive(2), (6, 5), (6, 2)),
+    "autoregressive affine, random mask": (
+        lambda: masked_autoregressive(use_residual_blocks=False, random_mask=True),
+        (6, 5),
+    ),
+    "autoregressive affine, dropout": (
+        lambda: masked_autoregressive(dropout_probability=0.5),
+        (6, 5),
+    ),
     "glow, a 1x1 convolution without LU, ActNorm in the net": (
         lambda: nf.flows.GlowBlock(4, 4, use_lu=False, net_actnorm=True),
         (2, 4, 4, 4),
@@ -172,7 +186,15 @@ def test_trains_as_before(name, dtype):
     assert [type(m) for m in patched.modules()] == [type(m) for m in plain.modules()]
 
 
-@pytest.mark.parametrize("name", ["block exp channel", "glow sigmoid checkerboard", "masked"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "block exp channel",
+        "glow sigmoid checkerboard",
+        "masked",
+        "autoregressive affine",
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_of_affine_layers(name, dtype):
     case = CASES[name]
@@ -193,6 +215,17 @@ def test_affine_layers_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         theirs, actual = plain.inverse(x), patched.inverse(x)
     assert [t.dtype for t in actual] == [t.dtype for t in theirs]
+    assert_alike(exact, actual, rtol=0.02, atol=0.02)
+
+
+def test_autoregressive_affine_layers_under_autocast():
+    """The library's log-determinant is in bfloat16 on a CPU, in float32 on a GPU."""
+    plain, patched = pair(masked_autoregressive)
+    x = torch.randn(16, 5)
+    exact = plain(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = patched(x)
+    assert [t.dtype for t in actual] == [torch.float32, torch.float32]
     assert_alike(exact, actual, rtol=0.02, atol=0.02)
 
 
@@ -401,11 +434,35 @@ def test_calls_that_run_the_librarys_code():
     fastgen.patch(mask)
     rejected = fastgen.explain(mask, torch.randn(2, 3, 4)).rejected["fastgen"]
     assert "shape (2, 3, 4) for a mask of (4,)" in rejected
+    affine = masked_autoregressive()
+    fastgen.patch(affine)
+    assert fastgen.explain(affine, x[:, :5]).chosen == "fastgen"
+    rejected = fastgen.explain(affine, x[None]).rejected["fastgen"]
+    assert "an input of 3 dimensions" in rejected
     spline = Autoregressive(3, 1, 8)
     fastgen.patch(spline)
     assert fastgen.explain(spline.mprqat, torch.randn(2, 3)).chosen == "fastgen"
     rejected = fastgen.explain(spline.mprqat, torch.ones(2, 3, dtype=torch.int64)).rejected
     assert "dtype torch.int64" in rejected["fastgen"]
+
+
+@pytest.mark.parametrize("method", ["forward", "inverse"])
+def test_an_autoregressive_network_of_another_batch_runs_the_librarys_code(method, caplog):
+    """One row of parameters for all samples."""
+
+    class OneRow(nn.Module):
+        def forward(self, inputs, context=None):
+            return torch.linspace(-1, 1, 10).to(inputs)[None]
+
+    plain = masked_autoregressive()
+    plain.autoregressive_net = OneRow()
+    patched = copy.deepcopy(plain)
+    fastgen.patch(patched)
+    x = torch.randn(4, 5)
+    _library.run_own_code.cache_clear()
+    with caplog.at_level(logging.DEBUG, "fastgen"):
+        assert_alike(getattr(plain, method)(x), getattr(patched, method)(x), rtol=0, atol=0)
+    assert "parameters of shape (1, 10) for an input of shape (4, 5)" in caplog.text
 
 
 def test_infinite_parameters_show():
@@ -476,7 +533,7 @@ def test_readme_under_patch(make):
 
     plain, expected = losses()
     with fastgen.patch("normflows") as report:
-        assert len(report.replaced) == 7 and not report.left
+        assert len(report.replaced) == 8 and not report.left
         patched, actual = losses()
     assert_alike(expected, actual)
     covered = {swap.original for swap in ours.LIBRARY.swaps}
@@ -509,6 +566,14 @@ def test_compiles_as_one_graph(make):
     fastgen.patch(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected, **CLOSE[torch.float32])
+
+
+def test_autoregressive_affine_layer_compiles_as_one_graph():
+    """Its inverse does not: the library counts the passes by numpy."""
+    plain, patched = pair(masked_autoregressive)
+    x = torch.randn(6, 5)
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    assert_alike(plain(x), compiled(x))
 
 
 def test_checkerboard_compiles_as_one_graph():
