@@ -134,3 +134,45 @@ def affine_peers() -> Mapping[str, Provider]:
         ),
         "zuko": Provider(_zuko_affine, _affine_for_zuko, None, TOLERANCE, "zuko"),
     }
+
+
+def _nflows_coupling(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple:
+    *_, coupling = _affine_for_nflows(x, raw_scale, shift)
+    return x, torch.cat([shift, raw_scale], dim=1), coupling
+
+
+def _autoregressive(x: Tensor, parameters: Tensor, transform: Any) -> Any:
+    # Below the public forward, which would also run the network.
+    return transform._elementwise_forward(x, parameters)
+
+
+def _as_pairs(raw_scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.stack([raw_scale, shift], dim=2).flatten(1)
+
+
+def _nflows_autoregressive(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple:
+    from nflows.transforms import MaskedAffineAutoregressiveTransform
+
+    transform = MaskedAffineAutoregressiveTransform(x.shape[1], 1)
+    return x, _as_pairs(raw_scale, shift), transform
+
+
+def _normflows_autoregressive(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple:
+    from normflows.flows import MaskedAffineAutoregressive
+
+    return x, _as_pairs(raw_scale, shift), MaskedAffineAutoregressive(x.shape[1], 1)
+
+
+def floored_affine_peers(scale: str) -> Mapping[str, Provider]:
+    """Peers of affine_coupling(x, raw_scale, shift, scale=scale, min_scale=LEAST), as (B, D)."""
+    peers = {
+        "sigmoid": (
+            ("nflows", _nflows_affine, _nflows_coupling),
+            ("normflows", _autoregressive, _normflows_autoregressive),
+        ),
+        "softplus": (("nflows", _autoregressive, _nflows_autoregressive),),
+    }
+    return {
+        name: Provider(call, prepare, (0, 1), TOLERANCE, name)
+        for name, call, prepare in peers[scale]
+    }

@@ -1,5 +1,6 @@
 """affine_coupling: reads x, raw_scale and shift, writes y; log_det is negligible."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import BACKWARD, COPY_ALL, Case, Provider, dtype_note
-from benchmarks.flow_peers import affine_peers
+from benchmarks.flow_peers import LEAST, affine_peers, floored_affine_peers
 from fastgen import ops
 from fastgen.ops.affine_coupling import FLOORED, SCALES
 
@@ -32,6 +33,12 @@ def _case(
     def make(batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return tuple(torch.randn(batch, size, dtype=dtype) for _ in range(3))
 
+    peers: Mapping[str, Provider] = COPY_OF_ALL
+    if min_scale > 0:
+        peers = COPY_OF_ALL | floored_affine_peers(scale)
+    elif scale == "sigmoid":
+        # The form of Glow, the one scale that every library has.
+        peers = COPY_OF_ALL | affine_peers()
     return Case(
         op="affine_coupling",
         size=" ".join([f"{batch}x{size}", *options, *dtype_note(dtype)]),
@@ -43,8 +50,7 @@ def _case(
         # x, raw_scale and the cotangent in, two gradients out: that of shift is the cotangent.
         bytes_backward=5 * dtype.itemsize * batch * size,
         flops_backward=8 * batch * size,
-        # The form of Glow, the one scale that every library has.
-        peers=COPY_OF_ALL | (affine_peers() if scale == "sigmoid" and min_scale == 0 else {}),
+        peers=peers,
         small=partial(make, 16, torch.float64),
     )
 
@@ -54,7 +60,7 @@ CASES = [
     *(_case(1024, 3072, scale) for scale in SCALES),
     # nflows' and normflows' couplings and masked autoregressive flows.
     *(
-        _case(batch, size, scale, min_scale=1e-3)
+        _case(batch, size, scale, min_scale=LEAST)
         for batch, size in ((65536, 64), (1024, 3072))
         for scale in FLOORED
     ),
