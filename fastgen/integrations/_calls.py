@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastgen.ops._autograd import accumulate_dtype
+from fastgen.ops._autograd import accumulate_dtype, under_autocast
 from fastgen.ops._check import FLOATS
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "is_number",
     "log_det_as",
     "reason_against",
+    "reason_against_dtypes",
     "reason_against_minima",
 ]
 
@@ -33,18 +34,23 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def reason_against_dtypes(*tensors: Tensor) -> str | None:
+    """Why no op of fastgen computes with such tensors, whatever their shapes, or None."""
+    if in_forward_mode():
+        return "forward-mode differentiation"
+    dtype = next((t.dtype for t in tensors if t.dtype not in FLOATS), None)
+    return None if dtype is None else f"tensors of {dtype}"
+
+
 def reason_against(x: Any, *others: Tensor) -> str | None:
     """Why fastgen's ops cannot take these tensors the way the library does, or None."""
     if not isinstance(x, Tensor):
         return f"its input is a {type(x).__name__}, not a tensor"
-    if in_forward_mode():
-        return "forward-mode differentiation"
-    for t in (x, *others):
-        if t.dtype not in FLOATS:
-            return f"tensors of {t.dtype}"
-        if t.device != x.device:
-            return "tensors of different devices"
-    if any(t.dtype != x.dtype for t in others) and not torch.is_autocast_enabled(x.device.type):
+    if (reason := reason_against_dtypes(x, *others)) is not None:
+        return reason
+    if any(t.device != x.device for t in others):
+        return "tensors of different devices"
+    if any(t.dtype != x.dtype for t in others) and not under_autocast(x.device):
         return "tensors of different dtypes"
     return None
 
@@ -60,7 +66,7 @@ def common_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
 def log_det_as(log_det: Tensor, dtype: torch.dtype) -> Tensor:
     """A log-determinant in the dtype the library has it in; under autocast, where a layer before
     may have rounded to half what that follows, as it is."""
-    return log_det if torch.is_autocast_enabled(log_det.device.type) else log_det.to(dtype)
+    return log_det if under_autocast(log_det.device) else log_det.to(dtype)
 
 
 def derivative_shift(min_derivative: float) -> float:

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import ops
-from fastgen.integrations._calls import in_forward_mode
-from fastgen.ops._check import FLOATS
+from fastgen.integrations._calls import log_det_as, reason_against_dtypes
 
-__all__ = ["Given", "affine", "reason_against"]
+__all__ = ["CPU_FROM", "Given", "affine", "reason_against", "reason_against_cpu", "slower_on_cpu"]
+
+#: Layers whose library's code was measured to be the faster one on CPUs (forward and backward of
+#: the coupling, two threads), and from how many elements to transform it no longer is; None: it
+#: always is, as a layer's interleaved shifts and scales have to be gathered for our op.
+CPU_FROM: dict[str, int | None] = {"AffineCoupling": None, "AllInOneBlock": 2**15}
 
 
 class Given:
@@ -33,21 +37,33 @@ class Given:
 
 def reason_against(x: Tensor, *parameters: Tensor) -> str | None:
     """Why our ops cannot transform x by parameters that ought to have its shape, or None."""
-    if in_forward_mode():
-        return "forward-mode differentiation"
-    for t in (x, *parameters):
-        if t.dtype not in FLOATS:
-            return f"dtype {t.dtype}"
+    for t in parameters:
         if t.shape != x.shape:
             return f"parameters of shape {tuple(t.shape)} for an input of shape {tuple(x.shape)}"
-    return None
+    return reason_against_dtypes(x, *parameters)
+
+
+def slower_on_cpu(layer: str) -> str:
+    """Where, and why, a layer of CPU_FROM keeps its library's code although our op can run."""
+    least = CPU_FROM[layer]
+    few = "" if least is None else f" with fewer than {least} elements to transform"
+    return f"on a CPU{few} (measured: slower there)"
+
+
+def reason_against_cpu(layer: str, device: torch.device, elements: int) -> str | None:
+    """Why a layer of CPU_FROM transforms that many elements by its library's code, or None.
+
+    The same while torch.compile traces: the number of elements becomes a guard of the graph.
+    """
+    least = CPU_FROM[layer]
+    if device.type != "cpu" or (least is not None and elements >= least):
+        return None
+    return slower_on_cpu(layer)
 
 
 def affine(x: Tensor, raw_scale: Tensor, shift: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """ops.affine_coupling with PyTorch's promotion of dtypes, and log_det in the dtype of y.
-
-    Autocast leaves sums in float32, and so log_det there.
-    """
+    """ops.affine_coupling with PyTorch's promotion of dtypes, and log_det in the dtype of y; under
+    autocast, which leaves sums in float32, as it is."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, raw_scale.dtype), shift.dtype)
     y, log_det = ops.affine_coupling(x.to(dtype), raw_scale.to(dtype), shift.to(dtype), **options)
-    return y, log_det if torch.is_autocast_enabled(x.device.type) else log_det.to(dtype)
+    return y, log_det_as(log_det, dtype)

@@ -44,6 +44,10 @@ def _always(instance: Any) -> None:
     return None
 
 
+def _nowhere() -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Swap:
     """One class of a library and the subclass of it that runs on fused ops.
@@ -57,6 +61,8 @@ class Swap:
         fingerprint: of the code that `fused` replaces or relies on; see :func:`fingerprint`.
         relies_on: that code: classes and functions.
         reason_against: why this object has to keep its own class for all calls, or None.
+        own_calls: says where calls run the library's own code although fused ops could, and why; ""
+            for nowhere.
     """
 
     original: type[Any]
@@ -64,6 +70,7 @@ class Swap:
     fingerprint: str
     relies_on: tuple[type | Callable, ...]
     reason_against: Callable[[Any], str | None] = _always
+    own_calls: Callable[[], str] = _nowhere
 
 
 @dataclass(frozen=True)

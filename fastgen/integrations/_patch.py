@@ -117,7 +117,7 @@ def state(model: nn.Module) -> Report:
         if swap is None:
             report.others += 1
         elif type(module) is swap.fused:
-            report.replaced.append(Replaced(path, _name(swap.original)))
+            report.replaced.append(Replaced(path, _name(swap.original), swap.own_calls()))
         else:
             reason = reason or "not patched: fastgen.patch() would replace it"
             report.left.append(Left(path, _name(type(module)), reason))
@@ -135,7 +135,7 @@ def _patch_model(model: nn.Module) -> Report:
         elif reason is not None:
             report.left.append(Left(path, _name(type(module)), reason))
         else:
-            report.replaced.append(Replaced(path, _name(swap.original)))
+            report.replaced.append(Replaced(path, _name(swap.original), swap.own_calls()))
             changes.append((module, swap))
     done: list[nn.Module] = []
     try:
@@ -186,9 +186,10 @@ def _patch_library(library: Library) -> Report:
                 continue
             if isinstance(piece, Swap):
                 undo.append(_wrap_constructor(piece))
+                report.replaced.append(Replaced(original, original, piece.own_calls()))
             else:
                 undo.append(_replace_function(piece, library))
-            report.replaced.append(Replaced(original, original))
+                report.replaced.append(Replaced(original, original))
     except BaseException:
         _call_all(undo)
         raise

@@ -17,13 +17,17 @@ class Replaced:
         path: where it is: a submodule's name ("" for the model itself), or a function's or class's
             dotted name.
         original: the class or function of its library.
+        own_calls: where its calls run the library's own code although fused ops could, and why; ""
+            for nowhere.
     """
 
     path: str
     original: str
+    own_calls: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path or '(the model)'}: {self.original}"
+        but = f"; its own code {self.own_calls}" if self.own_calls else ""
+        return f"{self.path or '(the model)'}: {self.original}{but}"
 
 
 @dataclass(frozen=True)

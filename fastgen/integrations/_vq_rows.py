@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vector_quantize_pytorch import vector_quantize_pytorch as library
 
 from fastgen import ops
-from fastgen.ops._autograd import accumulate_dtype, run
+from fastgen.ops._autograd import accumulate_dtype, run, without_autocast
 
 __all__ = [
     "assign",
@@ -78,7 +78,7 @@ def statistics(
 
 
 def _scores(rows: Tensor, codes: Tensor, inner_product: bool) -> Tensor:
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         return rows @ codes.mT if inner_product else -library.cdist(rows, codes)
 
 

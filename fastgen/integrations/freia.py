@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -23,7 +24,13 @@ from FrEIA.modules.coupling_layers import _BaseCouplingBlock
 from torch import Tensor, nn
 
 from fastgen.integrations import _library
-from fastgen.integrations._coupling import Given, affine, reason_against
+from fastgen.integrations._coupling import (
+    Given,
+    affine,
+    reason_against,
+    reason_against_cpu,
+    slower_on_cpu,
+)
 from fastgen.integrations._library import Library, Swap
 
 __all__ = [
@@ -175,19 +182,19 @@ class FusedAllInOneBlock(AllInOneBlock):
     def own_code(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> str | None:
-        return self._reason_against(x[0])
+        return self._reason_against(x[0][:, self.splits[0] :])
 
     def _reason_against(self, x: Tensor) -> str | None:
         if x.dim() != self.input_rank + 2:
             return f"an input of {x.dim()} dimensions for a block of {self.input_rank + 2}"
-        return reason_against(x)
+        return reason_against(x) or reason_against_cpu("AllInOneBlock", x.device, x.numel())
 
     def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        raw_scale, shift = _halves(a * 0.1, x.shape[1])
-        reason = self._reason_against(x) or reason_against(x, raw_scale, shift)
+        reason = self._reason_against(x) or reason_against(x, *_halves(a, x.shape[1]))
         if reason is not None:
             _library.run_own_code("AllInOneBlock", reason)
             return super()._affine(x, a, rev)
+        raw_scale, shift = _halves(a * 0.1, x.shape[1])
         return affine(
             x, raw_scale, shift, scale="tanh", inverse=rev, scale_factor=float(self.clamp)
         )
@@ -212,6 +219,13 @@ LIBRARY = Library(
         _swap(RNVPCouplingBlock, FusedRNVPCouplingBlock, "c5ef9a1dfe2be2a6"),
         _swap(AffineCouplingOneSided, FusedAffineCouplingOneSided, "565003ddcda64afa"),
         _swap(ConditionalAffineTransform, FusedConditionalAffineTransform, "a3c397f15c3bf868"),
-        Swap(AllInOneBlock, FusedAllInOneBlock, "21c464b75c66a347", (), _against_all_in_one),
+        Swap(
+            AllInOneBlock,
+            FusedAllInOneBlock,
+            "21c464b75c66a347",
+            (),
+            _against_all_in_one,
+            partial(slower_on_cpu, "AllInOneBlock"),
+        ),
     ),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,13 @@ from torch.nn import functional as F
 from fastgen import ops
 from fastgen.integrations import _library
 from fastgen.integrations._calls import derivative_shift, reason_against_minima
-from fastgen.integrations._coupling import Given, affine, reason_against
+from fastgen.integrations._coupling import (
+    Given,
+    affine,
+    reason_against,
+    reason_against_cpu,
+    slower_on_cpu,
+)
 from fastgen.integrations._library import Function, Library, Swap
 
 __all__ = [
@@ -55,7 +62,8 @@ class FusedAffineCoupling(AffineCoupling):
     """A patched normflows AffineCoupling."""
 
     def own_code(self, z: Any) -> str | None:
-        return reason_against(z[1])
+        x = z[1]
+        return reason_against(x) or reason_against_cpu("AffineCoupling", x.device, x.numel())
 
     def forward(self, z: Any) -> tuple[list[Tensor], Tensor]:
         return self._couple(z, inverse=False)
@@ -66,7 +74,7 @@ class FusedAffineCoupling(AffineCoupling):
     def _couple(self, z: Any, inverse: bool) -> tuple[list[Tensor], Tensor]:
         z1, z2 = z
         param = self.param_map(z1)
-        reason = _against_pairs(z2, param)
+        reason = self.own_code(z) or _against_pairs(z2, param)
         if reason is not None:
             _library.run_own_code("AffineCoupling", reason)
             run = AffineCoupling.inverse if inverse else AffineCoupling.forward
@@ -96,7 +104,7 @@ def _against_pairs(x: Tensor, param: Tensor) -> str | None:
     """Why param is not a shift and a raw scale, by turns along dimension 1, for each of x."""
     if x.dim() < 2 or param.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         return f"parameters of shape {tuple(param.shape)} for an input of shape {tuple(x.shape)}"
-    return reason_against(x) or reason_against(param)
+    return reason_against(param)
 
 
 def _against_coupling(coupling: AffineCoupling) -> str | None:
@@ -467,7 +475,14 @@ LIBRARY = Library(
     distribution="normflows",
     tested=("1.7.3",),
     swaps=(
-        Swap(AffineCoupling, FusedAffineCoupling, "d42fd8a5d711ca57", (), _against_coupling),
+        Swap(
+            AffineCoupling,
+            FusedAffineCoupling,
+            "d42fd8a5d711ca57",
+            (),
+            _against_coupling,
+            partial(slower_on_cpu, "AffineCoupling"),
+        ),
         Swap(
             AffineCouplingBlock,
             FusedAffineCouplingBlock,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fastgen.ops._autograd import without_autocast
 from fastgen.ops.instance_norm import instance_norm_with_stats
 
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
@@ -23,7 +24,7 @@ class _Fused(_InstanceNorm):
                 f"input: expected more than 1 spatial element, got shape {tuple(input.shape)}"
             )
         # As in torch.nn, half activations stay half beside float32 parameters under autocast.
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             y, mean, var = instance_norm_with_stats(input, self.weight, self.bias, eps=self.eps)
         if self.track_running_stats and input.numel() > 0:
             self._update_running_stats(mean, var, input.shape[2:].numel())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -54,6 +56,18 @@ def sum_per_sample(t: Tensor) -> Tensor:
     return t.sum(tuple(range(1, t.dim()))) if t.dim() > 1 else t.clone()
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for such a device; there is none for some, as for meta tensors."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Turns autocast off where such a device has it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def autocast_promote(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The "promote" autocast policy: under autocast, mixed dtypes become the widest of them.
 
@@ -70,7 +84,7 @@ def autocast_promote(*tensors: Tensor | None) -> tuple[Any, ...]:
             return tensors
         if t.dtype != widest:
             widest, mixed = torch.promote_types(widest, t.dtype), True
-    if not mixed or not torch.is_autocast_enabled(first.device.type):
+    if not mixed or not under_autocast(first.device):
         return tensors
     return tuple(None if t is None else t.to(widest) for t in tensors)
 

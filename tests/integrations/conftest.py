@@ -1,4 +1,5 @@
-"""What a library ships with: the examples of its README, and its own test suite."""
+"""What a library ships with: the examples of its README, and its own test suite. And couplings that
+run fused whatever their size."""
 
 import os
 import re
@@ -9,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from fastgen.integrations import _coupling
 
 RUN_SUITE = """
 import contextlib, sys, fastgen, pytest, torch
@@ -21,6 +24,12 @@ library, how = sys.argv[1:]
 with fastgen.patch(library) if how == "patched" else contextlib.nullcontext():
     sys.exit(pytest.main(["-q", "-rf", "--tb=no", "--rootdir=.", "tests"], plugins=[Seeds()]))
 """
+
+
+@pytest.fixture
+def fused_on_cpus(monkeypatch):
+    """Runs fused couplings as a GPU does also where a CPU is faster without."""
+    monkeypatch.setattr(_coupling, "CPU_FROM", dict.fromkeys(_coupling.CPU_FROM, 0))
 
 
 @pytest.fixture

@@ -20,7 +20,10 @@ with warnings.catch_warnings():
 ours = pytest.importorskip("fastgen.integrations.freia")
 
 # A block without channels to transform has a subnet without outputs.
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
+    pytest.mark.usefixtures("fused_on_cpus"),
+]
 
 #: Rounding of sums of at most a few hundred terms, through 20 steps of training.
 CLOSE = {
@@ -143,15 +146,24 @@ def test_trains_as_before(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["GLOWCouplingBlock ATAN", "RNVPCouplingBlock SIGMOID"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GLOWCouplingBlock ATAN",
+        "RNVPCouplingBlock SIGMOID",
+        "one side",
+        "condition alone",
+        "all in one",
+    ],
+)
 def test_half_precision(name, dtype):
     build, args = CASES[name]
     plain, patched = pair(build)
-    x = data(args)[0].to(dtype)
-    (theirs,), their_log_jacobian = plain.to(dtype)((x,))
-    (y,), log_jacobian = patched.to(dtype)((x,))
+    x, *c = (t.to(dtype) for t in data(args))
+    (theirs,), their_log_jacobian = plain.to(dtype)((x,), c)
+    (y,), log_jacobian = patched.to(dtype)((x,), c)
     assert (y.dtype, log_jacobian.dtype) == (theirs.dtype, their_log_jacobian.dtype)
-    (exact,), _ = plain.double()((x.double(),))
+    (exact,), _ = plain.double()((x.double(),), [t.double() for t in c])
     rounding = torch.finfo(dtype).eps * exact.abs().max()
     assert (y - exact).abs().max() <= (theirs - exact).abs().max() + rounding
 
@@ -250,7 +262,7 @@ def test_calls_that_run_the_librarys_code():
     assert fastgen.explain(block, (x,)).chosen == "fastgen"
     rejected = fastgen.explain(block, (x[..., None],), rev=True).rejected
     assert "an input of 3 dimensions" in rejected["fastgen"]
-    assert "dtype torch.int64" in fastgen.explain(block, (x.long(),)).rejected["fastgen"]
+    assert "tensors of torch.int64" in fastgen.explain(block, (x.long(),)).rejected["fastgen"]
     block = make(Fm.AllInOneBlock, VECTOR)
     fastgen.patch(block)
     assert "an input of 3 dim" in fastgen.explain(block, (x[..., None],)).rejected["fastgen"]
@@ -343,16 +355,24 @@ def numpy_seed():
     pytest.importorskip("numpy").random.seed(0)
 
 
-@pytest.mark.parametrize("clamp", CLAMPS)
-def test_compiles_as_one_graph(clamp):
-    torch.manual_seed(0)
-    block = make(Fm.GLOWCouplingBlock, VECTOR, clamp_activation=clamp)
-    x = torch.randn(3, 5)
-    expected = block((x,))
-    fastgen.patch(block)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    (y,), log_jacobian = compiled((x,))
-    assert_alike([expected[0][0], expected[1]], [y, log_jacobian])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"GLOWCouplingBlock {clamp}" for clamp in CLAMPS),
+        "RNVPCouplingBlock TANH",
+        "one side",
+        "condition alone",
+        "all in one",
+    ],
+)
+def test_compiles_as_one_graph(name):
+    build, args = CASES[name]
+    plain, patched = pair(build)
+    x, *c = data(args)
+    (expected,), expected_log_jacobian = plain((x,), c)
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    (y,), log_jacobian = compiled((x,), c)
+    assert_alike([expected, expected_log_jacobian], [y, log_jacobian])
 
 
 @pytest.mark.parametrize("swap", ours.LIBRARY.swaps, ids=lambda swap: swap.original.__name__)
