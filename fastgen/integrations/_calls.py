@@ -38,8 +38,10 @@ def reason_against_dtypes(*tensors: Tensor) -> str | None:
     """Why no op of fastgen computes with such tensors, whatever their shapes, or None."""
     if in_forward_mode():
         return "forward-mode differentiation"
-    dtype = next((t.dtype for t in tensors if t.dtype not in FLOATS), None)
-    return None if dtype is None else f"tensors of {dtype}"
+    for t in tensors:
+        if t.dtype not in FLOATS:
+            return f"tensors of {t.dtype}"
+    return None
 
 
 def reason_against(x: Any, *others: Tensor) -> str | None:
@@ -66,7 +68,8 @@ def common_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
 def log_det_as(log_det: Tensor, dtype: torch.dtype) -> Tensor:
     """A log-determinant in the dtype the library has it in; under autocast, where a layer before
     may have rounded to half what that follows, as it is."""
-    return log_det if under_autocast(log_det.device) else log_det.to(dtype)
+    keep = log_det.dtype == dtype or under_autocast(log_det.device)
+    return log_det if keep else log_det.to(dtype)
 
 
 def derivative_shift(min_derivative: float) -> float:

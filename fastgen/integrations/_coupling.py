@@ -50,15 +50,15 @@ def slower_on_cpu(layer: str) -> str:
     return f"on a CPU{few} (measured: slower there)"
 
 
-def reason_against_cpu(layer: str, device: torch.device, elements: int) -> str | None:
-    """Why a layer of CPU_FROM transforms that many elements by its library's code, or None.
+def reason_against_cpu(layer: str, x: Tensor) -> str | None:
+    """Why a layer of CPU_FROM transforms x by its library's code although our op can, or None.
 
     The same while torch.compile traces: the number of elements becomes a guard of the graph.
     """
-    least = CPU_FROM[layer]
-    if device.type != "cpu" or (least is not None and elements >= least):
+    if not x.is_cpu:
         return None
-    return slower_on_cpu(layer)
+    least = CPU_FROM[layer]
+    return slower_on_cpu(layer) if least is None or x.numel() < least else None
 
 
 def affine(x: Tensor, raw_scale: Tensor, shift: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,7 @@ class FusedAllInOneBlock(AllInOneBlock):
     def _reason_against(self, x: Tensor) -> str | None:
         if x.dim() != self.input_rank + 2:
             return f"an input of {x.dim()} dimensions for a block of {self.input_rank + 2}"
-        return reason_against(x) or reason_against_cpu("AllInOneBlock", x.device, x.numel())
+        return reason_against_cpu("AllInOneBlock", x) or reason_against(x)
 
     def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         reason = self._reason_against(x) or reason_against(x, *_halves(a, x.shape[1]))

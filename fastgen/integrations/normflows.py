@@ -63,7 +63,7 @@ class FusedAffineCoupling(AffineCoupling):
 
     def own_code(self, z: Any) -> str | None:
         x = z[1]
-        return reason_against(x) or reason_against_cpu("AffineCoupling", x.device, x.numel())
+        return reason_against_cpu("AffineCoupling", x) or reason_against(x)
 
     def forward(self, z: Any) -> tuple[list[Tensor], Tensor]:
         return self._couple(z, inverse=False)
@@ -72,9 +72,12 @@ class FusedAffineCoupling(AffineCoupling):
         return self._couple(z, inverse=True)
 
     def _couple(self, z: Any, inverse: bool) -> tuple[list[Tensor], Tensor]:
+        if (reason := self.own_code(z)) is not None:
+            _library.run_own_code("AffineCoupling", reason)
+            return super().inverse(z) if inverse else super().forward(z)
         z1, z2 = z
         param = self.param_map(z1)
-        reason = self.own_code(z) or _against_pairs(z2, param)
+        reason = _against_pairs(z2, param)
         if reason is not None:
             _library.run_own_code("AffineCoupling", reason)
             run = AffineCoupling.inverse if inverse else AffineCoupling.forward

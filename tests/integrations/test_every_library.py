@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("fused_on_cpus")
 
 #: Their own code needs values of tensors.
 NOT_ON_META = ("vector_quantize_pytorch", "zuko")
+#: Their own code breaks the graph.
+IN_PIECES = ("vector_quantize_pytorch", "zuko")
 INSTALLED = list(examples.installed())
 each_library = pytest.mark.parametrize("name", INSTALLED)
 
@@ -140,6 +142,23 @@ def test_modes(name):
         if training:
             trained(plain, x)
             trained(patched, x)
+    torch.testing.assert_close(patched.state_dict(), plain.state_dict(), **close)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@each_library
+def test_compiles(name):
+    """With the gradients and the buffers of a training step; as one graph where the library can."""
+    # All examples are called by the same code, of which dynamo compiles eight versions at most.
+    torch._dynamo.reset()
+    plain, patched, x, close = start(name)
+    compiled = torch.compile(patched, fullgraph=name not in IN_PIECES, backend="aot_eager")
+    losses = [plain(x), compiled(x)]
+    torch.testing.assert_close(*losses, **close)
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(plain.parameters(), patched.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, **close)
     torch.testing.assert_close(patched.state_dict(), plain.state_dict(), **close)
 
 

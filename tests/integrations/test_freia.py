@@ -355,24 +355,16 @@ def numpy_seed():
     pytest.importorskip("numpy").random.seed(0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(f"GLOWCouplingBlock {clamp}" for clamp in CLAMPS),
-        "RNVPCouplingBlock TANH",
-        "one side",
-        "condition alone",
-        "all in one",
-    ],
-)
-def test_compiles_as_one_graph(name):
-    build, args = CASES[name]
-    plain, patched = pair(build)
-    x, *c = data(args)
-    (expected,), expected_log_jacobian = plain((x,), c)
-    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
-    (y,), log_jacobian = compiled((x,), c)
-    assert_alike([expected, expected_log_jacobian], [y, log_jacobian])
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_compiles_as_one_graph(clamp):
+    torch.manual_seed(0)
+    block = make(Fm.GLOWCouplingBlock, VECTOR, clamp_activation=clamp)
+    x = torch.randn(3, 5)
+    expected = block((x,))
+    fastgen.patch(block)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    (y,), log_jacobian = compiled((x,))
+    assert_alike([expected[0][0], expected[1]], [y, log_jacobian])
 
 
 @pytest.mark.parametrize("swap", ours.LIBRARY.swaps, ids=lambda swap: swap.original.__name__)

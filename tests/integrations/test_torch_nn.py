@@ -173,12 +173,22 @@ def test_under_compile_and_autocast():
         assert model(x).dtype == torch.bfloat16
 
 
-def test_channels_last_stays():
-    plain = nn.InstanceNorm2d(8)
-    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
-    assert not plain(x).is_contiguous(memory_format=torch.channels_last)
-    with fastgen.patch(plain):
-        assert plain(x).is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize(
+    ("norm", "size", "layout"),
+    [
+        (nn.InstanceNorm2d, (2, 8, 6, 5), torch.channels_last),
+        (nn.InstanceNorm3d, (2, 8, 3, 4, 5), torch.channels_last_3d),
+    ],
+)
+def test_channels_last_stays(norm, size, layout):
+    """The library loses it, and what follows pays; of the gradient, too."""
+    layer = norm(8, affine=True)
+    x = torch.randn(size).to(memory_format=layout).requires_grad_()
+    assert not layer(x).is_contiguous(memory_format=layout)
+    with fastgen.patch(layer):
+        y = layer(x)
+        y.backward(torch.randn(size).to(memory_format=layout))
+    assert y.is_contiguous(memory_format=layout) and x.grad.is_contiguous(memory_format=layout)
 
 
 def test_left_alone_with_a_reason():
