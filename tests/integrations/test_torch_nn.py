@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import fastgen
 from fastgen.integrations import _library, _patch, torch_nn
@@ -63,12 +64,6 @@ def grads(model, x):
     return [y, x.grad, *(p.grad for p in model.parameters())]
 
 
-def assert_close(left, right, **kwargs):
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a, b, **kwargs)
-
-
 def train(model, x, steps):
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for i in range(steps):
@@ -106,11 +101,11 @@ def test_state_dicts_load_both_ways():
     fastgen.patch(patched)
     x = torch.randn(2, 3, 8, 8)
     patched.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(patched(x), plain(x))
+    assert_close(patched(x), plain(x))
     other = generator()
     fastgen.patch(other)
     plain.load_state_dict(other.state_dict())
-    torch.testing.assert_close(other(x), plain(x))
+    assert_close(other(x), plain(x))
 
 
 def test_everything_else_stays_the_same_object():
@@ -145,7 +140,7 @@ def test_copies_and_saved_weights():
     file.seek(0)
     plain = generator()
     plain.load_state_dict(torch.load(file, weights_only=True))
-    torch.testing.assert_close(twin.eval()(x), plain.eval()(x))
+    assert_close(twin.eval()(x), plain.eval()(x))
     fastgen.unpatch(twin)
     assert type(twin[1]) is nn.InstanceNorm2d and type(model[1]) is torch_nn.FusedInstanceNorm2d
 
@@ -159,7 +154,7 @@ def test_half_precision(dtype):
     norm.to(dtype)
     y = norm(x.to(dtype))
     assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), exact, rtol=0.02, atol=0.02)
+    assert_close(y.float(), exact, rtol=0.02, atol=0.02)
 
 
 def test_under_compile_and_autocast():
@@ -168,7 +163,7 @@ def test_under_compile_and_autocast():
     expected = model(x)
     fastgen.patch(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
+    assert_close(compiled(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
 
@@ -189,6 +184,17 @@ def test_channels_last_stays(norm, size, layout):
         y = layer(x)
         y.backward(torch.randn(size).to(memory_format=layout))
     assert y.is_contiguous(memory_format=layout) and x.grad.is_contiguous(memory_format=layout)
+
+
+def test_lazy_norms_once_they_know_their_size():
+    model = nn.Sequential(nn.LazyInstanceNorm2d(affine=True))
+    with pytest.warns(UserWarning, match="nothing was replaced"):
+        assert fastgen.patch(model).others == 2
+    x = torch.randn(2, 6, 5, 4)
+    expected = model(x)
+    with fastgen.patch(model) as report:
+        assert names(report.replaced) == ["0"] and type(model[0]) is torch_nn.FusedInstanceNorm2d
+        assert_close(model(x), expected)
 
 
 def test_left_alone_with_a_reason():
