@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib.metadata
 import io
 import itertools
 import logging
@@ -637,14 +636,9 @@ def test_with_synchronized_codebooks(process_group):
     assert_close(run(wrapped.module, steps=5), run(plain, steps=5))
 
 
-def readme_examples():
-    text = importlib.metadata.metadata("vector-quantize-pytorch").get_payload()
+def test_the_readmes_examples_run(readme_examples):
     names = re.compile(r"\b(VectorQuantize|ResidualVQ|GroupedResidualVQ)\b")
-    return [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if names.search(code)]
-
-
-def test_the_readmes_examples_run():
-    examples = readme_examples()
+    examples = list(filter(names.search, readme_examples("vector-quantize-pytorch")))
     assert len(examples) == 13
     with fastgen.patch("vector_quantize_pytorch") as report:
         assert not report.left
