@@ -14,7 +14,7 @@ __all__ = ["CPU_FROM", "Given", "affine", "reason_against", "reason_against_cpu"
 
 #: Layers whose library's code was measured to be the faster one on CPUs (forward and backward of
 #: the coupling, two threads), and from how many elements to transform it no longer is; None: it
-#: always is, as a layer's interleaved shifts and scales have to be gathered for our op.
+#: always is.
 CPU_FROM: dict[str, int | None] = {"AffineCoupling": None, "AllInOneBlock": 2**15}
 
 
@@ -46,6 +46,8 @@ def reason_against(x: Tensor, *parameters: Tensor) -> str | None:
 def slower_on_cpu(layer: str) -> str:
     """Where, and why, a layer of CPU_FROM keeps its library's code although our op can run."""
     least = CPU_FROM[layer]
+    if least == 0:
+        return ""
     few = "" if least is None else f" with fewer than {least} elements to transform"
     return f"on a CPU{few} (measured: slower there)"
 

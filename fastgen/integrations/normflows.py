@@ -32,7 +32,11 @@ from torch.nn import functional as F
 
 from fastgen import ops
 from fastgen.integrations import _library
-from fastgen.integrations._calls import derivative_shift, reason_against_minima
+from fastgen.integrations._calls import (
+    derivative_shift,
+    reason_against_dtypes,
+    reason_against_minima,
+)
 from fastgen.integrations._coupling import (
     Given,
     affine,
@@ -107,7 +111,7 @@ def _against_pairs(x: Tensor, param: Tensor) -> str | None:
     """Why param is not a shift and a raw scale, by turns along dimension 1, for each of x."""
     if x.dim() < 2 or param.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         return f"parameters of shape {tuple(param.shape)} for an input of shape {tuple(x.shape)}"
-    return reason_against(param)
+    return reason_against_dtypes(x, param)
 
 
 def _against_coupling(coupling: AffineCoupling) -> str | None:
