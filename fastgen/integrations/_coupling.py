@@ -13,9 +13,8 @@ from fastgen.integrations._calls import log_det_as, reason_against_dtypes
 __all__ = ["CPU_FROM", "Given", "affine", "reason_against", "reason_against_cpu", "slower_on_cpu"]
 
 #: Layers whose library's code was measured to be the faster one on CPUs (forward and backward of
-#: the coupling, two threads), and from how many elements to transform it no longer is; None: it
-#: always is.
-CPU_FROM: dict[str, int | None] = {"AffineCoupling": None, "AllInOneBlock": 2**15}
+#: the coupling, two threads), and from how many elements to transform it no longer is.
+CPU_FROM: dict[str, int] = {"AffineCoupling": 2**16, "AllInOneBlock": 2**15}
 
 
 class Given:
@@ -48,8 +47,7 @@ def slower_on_cpu(layer: str) -> str:
     least = CPU_FROM[layer]
     if least == 0:
         return ""
-    few = "" if least is None else f" with fewer than {least} elements to transform"
-    return f"on a CPU{few} (measured: slower there)"
+    return f"on a CPU with fewer than {least} elements to transform (measured: slower there)"
 
 
 def reason_against_cpu(layer: str, x: Tensor) -> str | None:
@@ -57,10 +55,7 @@ def reason_against_cpu(layer: str, x: Tensor) -> str | None:
 
     The same while torch.compile traces: the number of elements becomes a guard of the graph.
     """
-    if not x.is_cpu:
-        return None
-    least = CPU_FROM[layer]
-    return slower_on_cpu(layer) if least is None or x.numel() < least else None
+    return slower_on_cpu(layer) if x.is_cpu and x.numel() < CPU_FROM[layer] else None
 
 
 def affine(x: Tensor, raw_scale: Tensor, shift: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

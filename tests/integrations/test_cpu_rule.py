@@ -18,7 +18,6 @@ with warnings.catch_warnings():
     Fm = pytest.importorskip("FrEIA.modules")
 nf = pytest.importorskip("normflows")
 
-REASON = "on a CPU (measured: slower there)"
 FEW = "on a CPU with fewer than {} elements to transform (measured: slower there)"
 
 
@@ -58,11 +57,12 @@ def run(module, *args, **kwargs):
 def test_affine_coupling_of_normflows(scale_map, method, caplog):
     plain = affine(scale_map)
     patched, report = patched_copy(plain)
-    assert report.replaced[0].own_calls == REASON and f"; its own code {REASON}" in str(report)
+    reason = FEW.format(2**16)
+    assert report.replaced[0].own_calls == reason and f"; its own code {reason}" in str(report)
     assert fastgen.explain(patched).replaced == report.replaced
     z = [torch.randn(100, 3), torch.randn(100, 2)]
     explanation = fastgen.explain(patched, z)
-    assert explanation.chosen == "normflows" and explanation.rejected == {"fastgen": REASON}
+    assert explanation.chosen == "normflows" and explanation.rejected == {"fastgen": reason}
     on_meta = [t.to("meta") for t in z]
     assert fastgen.explain(patched, on_meta).chosen == "fastgen"
     _library.run_own_code.cache_clear()
@@ -71,7 +71,7 @@ def test_affine_coupling_of_normflows(scale_map, method, caplog):
     patched.forward = patched_forward
     with caplog.at_level(logging.DEBUG, "fastgen"):
         seen, calls = run(patched, z)
-    assert calls == 0 and f"AffineCoupling: the library's own code: {REASON}" in caplog.text
+    assert calls == 0 and f"AffineCoupling: the library's own code: {reason}" in caplog.text
     torch.testing.assert_close(seen, expected, rtol=0, atol=0)
 
 
@@ -96,9 +96,13 @@ def test_all_in_one_block_of_freia(rev, monkeypatch, caplog):
         torch.testing.assert_close(seen, expected, **close)
 
 
-def test_the_measured_size():
+def test_the_measured_sizes():
     patched, report = patched_copy(all_in_one())
     assert report.replaced[0].own_calls == FEW.format(2**15)
+    of_normflows = patched_copy(affine())[0]
+    for rows, chosen in ((2**15 - 1, "normflows"), (2**15, "fastgen")):
+        z = [torch.randn(rows, 3), torch.randn(rows, 2)]
+        assert fastgen.explain(of_normflows, z).chosen == chosen
     for elements, chosen in ((2**15 - 2, "FrEIA"), (2**15, "fastgen")):
         x = torch.randn(elements // 2, 5)
         assert fastgen.explain(patched, (x,)).chosen == chosen
