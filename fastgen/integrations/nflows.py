@@ -32,6 +32,7 @@ from fastgen.integrations._calls import (
     reason_against,
     reason_against_minima,
 )
+from fastgen.integrations._coupling import affine
 from fastgen.integrations._library import Function, Library, Swap, run_own_code
 
 # Before they are replaced.
@@ -320,10 +321,10 @@ class FusedPiecewiseRationalQuadraticCDF(_OnSpline, nonlinearities.PiecewiseRati
 
 
 def _affine(inputs: Tensor, raw: Tensor, shift: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """ops.affine_coupling in the wider of the dtypes; both results in that of the inputs."""
-    dtype = torch.promote_types(inputs.dtype, raw.dtype)
-    y, log_det = ops.affine_coupling(inputs.to(dtype), raw.to(dtype), shift.to(dtype), **options)
-    return y.to(inputs.dtype), log_det_as(log_det, inputs.dtype)
+    """The coupling with y in the dtype of the inputs, from which that of the rest differs under
+    autocast alone."""
+    y, log_det = affine(inputs, raw, shift, **options)
+    return y.to(inputs.dtype), log_det
 
 
 class _OnAffine:
