@@ -27,6 +27,30 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Starts a script twice, as `SCRIPT RANK STORE`, and gives what each rank printed."""
+
+    def outputs(script, timeout):
+        paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            )
+            for rank in range(2)
+        ]
+        printed = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+        for rank, output in zip(ranks, printed, strict=True):
+            assert rank.returncode == 0, output
+        return printed
+
+    return outputs
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _poisoned_memory():
     # Deterministic mode fills fresh memory with NaN, in C++ as well. On a GPU it only warns: there,

@@ -5,7 +5,6 @@ import copy
 import importlib.util
 import io
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -162,19 +161,7 @@ def test_compiles(name):
     torch.testing.assert_close(patched.state_dict(), plain.state_dict(), **close)
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(two_ranks):
     """DistributedDataParallel over every example; a spawn for all of them."""
-    command = [sys.executable, str(FOLDER / "two_ranks.py")]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output
+    for output in two_ranks(FOLDER / "two_ranks.py", timeout=300):
         assert [name for name in INSTALLED if name not in output.splitlines()] == [], output

@@ -2,12 +2,12 @@
 models train as their libraries' own do there, and in one process on the joint batch."""
 
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # before there is a group, which it would keep for ever
 from examples import EXAMPLES, installed
+from gloo_group import joined
 from torch import nn
 
 import fastgen
@@ -47,14 +47,10 @@ def main(rank, store):
     _coupling.CPU_FROM.update(dict.fromkeys(_coupling.CPU_FROM, 0))
     names = list(installed())
     alone = {name: EXAMPLES[name].objective(torch.float64) for name in names}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for name in names:
-        compare(rank, EXAMPLES[name], alone[name])
-        print(name, flush=True)
-    dist.destroy_process_group()
-    threads = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    # gloo's would sometimes abort when the interpreter ends
-    assert not any("gloo" in name for name in threads), threads
+    with joined(rank, store):
+        for name in names:
+            compare(rank, EXAMPLES[name], alone[name])
+            print(name, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -575,17 +573,6 @@ def test_bad_inputs_are_named():
     assert_same_state(before, state(layer))
 
 
-def test_two_ranks_hold_the_codebook_of_one_process(tmp_path):
-    script = Path(__file__).with_name("two_ranks.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0 and "all checks ran" in output, output
+def test_two_ranks_hold_the_codebook_of_one_process(two_ranks):
+    for output in two_ranks(Path(__file__).with_name("two_ranks.py"), timeout=120):
+        assert "all checks ran" in output, output
