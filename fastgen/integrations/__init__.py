@@ -1,7 +1,8 @@
 """Makes models of other libraries faster: :func:`patch` puts fused ops under their own classes."""
 
+from fastgen.backends import Explanation
 from fastgen.integrations._explain import explain
 from fastgen.integrations._patch import patch, unpatch
 from fastgen.integrations._report import Report
 
-__all__ = ["Report", "explain", "patch", "unpatch"]
+__all__ = ["Explanation", "Report", "explain", "patch", "unpatch"]

@@ -5,7 +5,7 @@ from fastgen.nn.coupling import AffineCoupling, RQSplineCoupling
 from fastgen.nn.gaussian_reparam import GaussianReparam
 from fastgen.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastgen.nn.residual_vq import ResidualVQ
-from fastgen.nn.reversible import Invertible, InvertibleChain, VolumePreserving
+from fastgen.nn.reversible import Invertible, InvertibleChain, Unwound, VolumePreserving
 from fastgen.nn.vector_quantizer import VectorQuantizer
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "InvertibleChain",
     "RQSplineCoupling",
     "ResidualVQ",
+    "Unwound",
     "VectorQuantizer",
     "VolumePreserving",
 ]

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["Invertible", "InvertibleChain", "VolumePreserving"]
+__all__ = ["Invertible", "InvertibleChain", "Unwound", "VolumePreserving"]
 
 Memory = tuple[Tensor, ...]
 Cotangents = tuple[Tensor, Tensor]

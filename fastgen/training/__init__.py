@@ -11,7 +11,7 @@ from fastgen.training.errors import (
 from fastgen.training.processes import leave_process_group, make_accelerator
 from fastgen.training.run_folder import RunFolder
 from fastgen.training.runs import evaluate_run, load_run, resume_run, sample_run, start_run
-from fastgen.training.tasks import RECIPES, Recipe
+from fastgen.training.tasks import RECIPES, Recipe, Task
 
 __all__ = [
     "RECIPES",
@@ -22,6 +22,7 @@ __all__ = [
     "Recipe",
     "RunError",
     "RunFolder",
+    "Task",
     "TrainingStopped",
     "evaluate_run",
     "leave_process_group",
