@@ -89,16 +89,16 @@ def sources(folder: str) -> list[str]:
     return [str(p.relative_to(ROOT)) for p in found if p.suffix in (".cpp", ".cu")]
 
 
-def headers() -> list[str]:
-    """Those of the kernels; csrc/emulation is for tests only."""
-    found = [p for part in ("common", "cpu", "cuda") for p in (ROOT / "csrc" / part).glob("*.*h")]
+def headers(folder: str) -> list[str]:
+    """What the kernels of a folder may include; csrc/emulation is for tests only."""
+    found = [p for part in ("common", folder) for p in (ROOT / "csrc" / part).glob("*.*h")]
     return [str(p.relative_to(ROOT)) for p in sorted(found)]
 
 
 def headers_digest() -> str:
     """Changes when a header does: torch lets ninja track what a .cu includes only where torch
     itself has CUDA."""
-    text = b"".join((ROOT / p).read_bytes() for p in headers())
+    text = b"".join((ROOT / p).read_bytes() for p in headers("cuda"))
     return hashlib.sha256(text).hexdigest()[:16]
 
 
@@ -134,7 +134,7 @@ def cpu_extension():
         define_macros=macros(),
         extra_compile_args={"cxx": CXX_FLAGS},
         extra_link_args=LINK_FLAGS,
-        depends=headers(),
+        depends=headers("cpu"),
         py_limited_api=True,
     )
 
@@ -156,7 +156,7 @@ def cuda_extension(home: Path):
         define_macros=[*macros(), ("USE_CUDA", None), *hopper_macros()],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags},
         extra_link_args=link,
-        depends=headers(),
+        depends=headers("cuda"),
         py_limited_api=True,
     )
 
