@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.cpp_extension import include_paths
 
 from fastgen.ops import _library
@@ -111,6 +113,15 @@ def isa():
 
     yield force
     torch.ops.fastgen.force_cpu_isa(before)
+
+
+@pytest.fixture
+def forward_mode():
+    """Forward mode, loaded: PyTorch scripts its formulas at the first use, and warns of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script`", FutureWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 @pytest.fixture(scope="session")

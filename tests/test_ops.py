@@ -255,6 +255,7 @@ def test_torch_func(case, device, backend):
     torch.func.jacrev(torch.func.grad(loss))(*wanted)
 
 
+@pytest.mark.usefixtures("forward_mode")
 @each([row for row in ALL if row[0].grad])
 def test_forward_mode(case, device, backend):
     """The reference has it, and agrees with reverse mode; others refuse, never giving zeros."""

@@ -103,7 +103,9 @@ def _log_scale(a: Tensor, scale: str, scale_factor: float, min_scale: float) -> 
     if min_scale != 0:
         return torch.log(min_scale - logsigmoid(-a))
     # log softplus(a) is a as far as rounding goes below -40, long before softplus underflows.
-    return torch.where(a < -40, a, torch.log(-logsigmoid(-a.clamp(min=-40))))
+    # (What a clamp's gradient is at its bound depends on PyTorch's release.)
+    far = a < -40
+    return torch.where(far, a, torch.log(-logsigmoid(-a.masked_fill(far, -40.0))))
 
 
 def affine_coupling_reference(

@@ -179,7 +179,7 @@ def rq_spline_reference(
     least_width = _least_size(tail_bound, min_bin_width, dtype)
     least_height = _least_size(tail_bound, min_bin_height, dtype)
     narrow, low = width < least_width, height < least_height
-    width, height = width.clamp_min(least_width), height.clamp_min(least_height)
+    width, height = width.masked_fill(narrow, least_width), height.masked_fill(low, least_height)
     s = height / width
     if inverse:
         rest = (y1 - v) / height

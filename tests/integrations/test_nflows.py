@@ -356,6 +356,7 @@ def test_what_has_no_fused_path_runs_nflows_code(reason, caplog):
     assert reason in caplog.text
 
 
+@pytest.mark.usefixtures("forward_mode")
 def test_other_calls_run_nflows_code(caplog):
     _library.run_own_code.cache_clear()
     x, *parameters = spline_inputs(tails=False)

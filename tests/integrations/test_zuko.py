@@ -253,6 +253,7 @@ def test_what_has_no_fused_path_runs_zukos_code(reason, options, x, caplog):
     ]
 
 
+@pytest.mark.usefixtures("forward_mode")
 def test_other_sums_run_zukos_code(caplog):
     _library.run_own_code.cache_clear()
     x, shift, scale = torch.randn(3, 4, 5)
