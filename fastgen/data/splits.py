@@ -12,7 +12,15 @@ _SPLIT_SEED = 20260101
 
 
 class DataError(ValueError):
-    """The data asked for is missing or not what it should be; the message says what to do."""
+    """The data asked for is missing or not what it should be; one line that says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Text from files, their names or servers, fit to print: what is not printable is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass
