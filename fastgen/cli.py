@@ -236,10 +236,10 @@ def _download(arguments: Sequence[str]) -> int:
     parser.add_argument("data", help="mnist, fashion-mnist, binarized-mnist or cifar10")
     parser.add_argument("--data-root", help="folder for them (FASTGEN_DATA)")
     options = parser.parse_args(arguments)
-    root = resolve_data_root(options.data_root)
-    if root is None:
-        raise CommandError("no data folder is set; give --data-root DIR or FASTGEN_DATA=DIR")
     try:
+        root = resolve_data_root(options.data_root)
+        if root is None:
+            raise CommandError("no data folder is set; give --data-root DIR or FASTGEN_DATA=DIR")
         download(options.data, root)
     except DataError as error:
         raise CommandError(str(error)) from error

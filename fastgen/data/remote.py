@@ -240,7 +240,7 @@ def _chunks(file: RemoteFile) -> Generator[bytes, None, None]:
         again = error.code >= 500 or error.code in _BUSY
         raise _TransferError(f"HTTP status {error.code} {error.reason}", again=again) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
-        problem = str(error) or type(error).__name__
+        problem = str(getattr(error, "reason", error)) or type(error).__name__
         raise _TransferError(f"the connection failed: {problem}", again=True) from error
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SPLITS = ("train", "valid", "test")
 _SPLIT_SEED = 20260101
 
 
@@ -97,12 +98,30 @@ def split_by_permutation(name: str, images: Tensor, labels: Tensor | None) -> Im
     Raises:
         DataError: as `make_dataset`.
     """
-    _check_labels(name, ImageSplit(images, labels))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-    held_out = len(images) // 10
-    parts = order.split([len(images) - 2 * held_out, held_out, held_out])
-    splits = [ImageSplit(images[part], None if labels is None else labels[part]) for part in parts]
-    return make_dataset(name, splits)
+    return complete_splits(name, {"train": ImageSplit(images, labels)})
+
+
+def complete_splits(name: str, splits: dict[str, ImageSplit]) -> ImageDataset:
+    """A data set of `train` and perhaps `valid` and `test`.
+
+    What is missing of these is a tenth of `train` each, by a fixed shuffle.
+
+    Raises:
+        DataError: as `make_dataset`.
+    """
+    train = splits["train"]
+    _check_labels(name, train)
+    missing = [split for split in SPLITS[1:] if split not in splits]
+    if missing:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+        held_out = len(train) // 10
+        kept = len(train) - held_out * len(missing)
+        parts = order.split([kept] + [held_out] * len(missing))
+        splits = splits | {
+            split: _rows(train, part)
+            for split, part in zip(["train", *missing], parts, strict=True)
+        }
+    return make_dataset(name, [splits[split] for split in SPLITS])
 
 
 def hold_out_last(name: str, train: ImageSplit, test: ImageSplit, count: int) -> ImageDataset:
@@ -112,10 +131,7 @@ def hold_out_last(name: str, train: ImageSplit, test: ImageSplit, count: int) ->
         DataError: as `make_dataset`.
     """
     kept = max(len(train) - count, 0)
-    first, last = (
-        ImageSplit(train.images[rows], None if train.labels is None else train.labels[rows])
-        for rows in (slice(kept), slice(kept, None))
-    )
+    first, last = (_rows(train, rows) for rows in (slice(kept), slice(kept, None)))
     return make_dataset(name, [first, last, test])
 
 
@@ -123,7 +139,7 @@ def to_unit_nchw(array: np.ndarray, source: object) -> Tensor:
     """uint8 or float images, channels first, last or none -> float32 (N, C, H, W) in [0, 1].
 
     Raises:
-        DataError: another shape or dtype, or floats outside [0, 1].
+        DataError: another shape or dtype, no pixels, or floats outside [0, 1].
     """
     if array.ndim == 3:
         array = array[:, None]
@@ -133,15 +149,20 @@ def to_unit_nchw(array: np.ndarray, source: object) -> Tensor:
         raise DataError(
             f"{source}: expected images (N, H, W), (N, H, W, C) or (N, C, H, W), not {array.shape}"
         )
+    if 0 in array.shape[2:]:
+        raise DataError(f"{source}: the images have no pixels: their shape is {array.shape[1:]}")
     if array.dtype == np.uint8:
         return torch.from_numpy(array.astype(np.float32, order="C")).div_(255)
-    if array.dtype.kind != "f" or (array.size and not (array.min() >= 0 and array.max() <= 1)):
+    if array.dtype.kind != "f":
         raise DataError(f"{source}: expected uint8 images, or floats in [0, 1], not {array.dtype}")
+    if array.size and not (array.min() >= 0 and array.max() <= 1):
+        found = "NaN" if np.isnan(array.min()) else f"values in [{array.min()}, {array.max()}]"
+        raise DataError(f"{source}: expected uint8 images, or floats in [0, 1], got {found}")
     return torch.from_numpy(array.astype(np.float32, order="C"))
 
 
-def to_labels(array: np.ndarray, source: object) -> Tensor:
-    """Non-negative integers (N,) -> int64.
+def to_labels(array: np.ndarray, source: object, classes: int | None = None) -> Tensor:
+    """Integers (N,) in [0, classes), or non-negative ones, -> int64.
 
     Raises:
         DataError: anything else.
@@ -150,7 +171,14 @@ def to_labels(array: np.ndarray, source: object) -> Tensor:
         raise DataError(
             f"{source} must be non-negative integers of shape (N,), not {array.dtype} {array.shape}"
         )
+    most = (np.iinfo(np.int64).max if classes is None else classes) - 1
+    if array.size and array.max() > most:
+        raise DataError(f"{source} must be in [0, {most}], got {array.max()}")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def _rows(split: ImageSplit, rows: Tensor | slice) -> ImageSplit:
+    return ImageSplit(split.images[rows], None if split.labels is None else split.labels[rows])
 
 
 def _check_labels(name: str, split: ImageSplit) -> None:
