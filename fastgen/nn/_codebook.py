@@ -115,9 +115,10 @@ class Codebook(nn.Module):
 
     def codes(self) -> Tensor:
         """The codes (K, D) that rows are compared with: `codebook`, at unit length for "cosine"."""
-        if self.metric == "cosine" and not self.ema:
-            return normalize(self.codebook, dim=1)
-        return self.codebook
+        return self._compared(self.codebook)
+
+    def _compared(self, codebook: Tensor) -> Tensor:
+        return normalize(codebook, dim=1) if self.metric == "cosine" and not self.ema else codebook
 
     def nearest(self, rows: Tensor) -> Tensor:
         """Index (N,) of the code nearest to each row."""
@@ -149,10 +150,11 @@ class Codebook(nn.Module):
         """The straight-through quantization of rows (N, D); masked rows get code 0 and no loss."""
         if self.training and not self._initialized and self._has_rows(rows):
             self.start_from(rows.detach(), mask)
-        codes = self.codes()
+        codebook = self.codebook
         if self.training and (self.ema or self.revive_after is not None):
             # Backward needs the codes as they were; the update of this step overwrites them.
-            codes = snapshot(codes)
+            codebook = snapshot(codebook)
+        codes = self._compared(codebook)
         wide = torch.promote_types(rows.dtype, codes.dtype)
         rows, codes = rows.to(wide), codes.to(wide)
         if mask is not None:

@@ -13,8 +13,8 @@ Shapes: x (..., N, D) with codebook (K, D), or x (H, N, D) with codebook (H, K, 
 float32, float64, float16, bfloat16; quantized as x; indices (..., N) int64; loss a scalar, float32
 (float64 for float64 inputs). Half inputs are computed in float32. Elements of x that are not finite
 make the same elements of `quantized` NaN. Gradients: first order fused and deterministic (rows are
-added to their code in row order), second and higher by the reference. Backends: cuda, cpu,
-reference.
+added to their code in row order), second and higher by the reference; that of the codebook is None
+where the loss is not used or `codebook_weight` is 0. Backends: cuda, cpu, reference.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def _straight_through(
         e = codes.gather(1, indices.unsqueeze(-1).expand(*indices.shape, codes.shape[-1]))
     else:
         e = codes[indices]
+    if codebook_weight == 0:
+        e = e.detach()  # no loss reaches the codebook: its gradient is None, not zeros
     quantized = e.detach().to(x.dtype) + (x - x.detach())
     x = x.to(dtype)
     to_code = (x.detach() - e).square().sum()
@@ -141,9 +143,10 @@ class _VQQuantize(Function):
         x, codebook, indices = ctx.saved_tensors
         if grad_quantized is None:
             grad_quantized = torch.zeros_like(x)
+        # None where no loss reaches it: an optimizer would let zeros decay the codes
+        codebook_grad = ctx.needs_input_grad[1] and grad_loss is not None and ctx.weights[1] > 0
         if grad_loss is None:
             grad_loss = x.new_zeros((), dtype=accumulate_dtype(x.dtype))
-        codebook_grad = ctx.needs_input_grad[1]
         tensors = (grad_quantized, grad_loss, x, codebook, indices)
         grad_x, grad_codebook = run(_VQQuantizeBackward, _bwd, tensors, *ctx.weights, codebook_grad)
         return grad_x, grad_codebook if codebook_grad else None, None, None
@@ -160,19 +163,24 @@ class _VQQuantizeBackward(Function):
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.save_for_backward(*inputs[:5])
         *ctx.weights, ctx.codebook_grad = inputs[5:]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad_x: Tensor, grad_grad_codebook: Tensor) -> tuple:
+    def backward(
+        ctx: Any, grad_grad_x: Tensor | None, grad_grad_codebook: Tensor | None
+    ) -> tuple:
         grad_quantized, grad_loss, x, codebook, indices = ctx.saved_tensors
 
         def reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
             return _straight_through(x, codebook, indices, *ctx.weights)
 
-        grads = (grad_grad_x, grad_grad_codebook if ctx.codebook_grad else None)
+        to_codebook = ctx.codebook_grad and grad_grad_codebook is not None
+        grads = (grad_grad_x, grad_grad_codebook if to_codebook else None)
         gx, gcodebook, ggq, ggl = reference_vjp(
             reference, (x, codebook), (grad_quantized, grad_loss), grads
         )
-        return ggq, ggl, gx, gcodebook, None, None, None, None
+        # that of x has the codes behind a stopped gradient
+        return ggq, ggl, gx, gcodebook if to_codebook else None, None, None, None, None
 
 
 def _fused(

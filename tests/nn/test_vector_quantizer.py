@@ -1,6 +1,7 @@
 """VectorQuantizer against a plain PyTorch re-implementation, and each of its options alone."""
 
 import copy
+import functools
 import math
 from pathlib import Path
 
@@ -119,6 +120,29 @@ def test_gradient_is_straight_through_and_loss_is_equation_three():
     expected = torch.zeros_like(grad_codes)
     expected.index_put_((indices,), 2.0 * 2 * (e - x).detach() / x.numel(), accumulate=True)
     torch.testing.assert_close(grad_codes, expected)
+
+
+@pytest.mark.parametrize("revive_after", [None, 2], ids=["plain", "revived"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("make", [nn.VectorQuantizer, functools.partial(nn.ResidualVQ, 2)])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_adamw_leaves_codes_that_no_loss_reaches(make, metric, backend, revive_after):
+    """Their gradient is None; with zeros the optimizer's weight decay would move them."""
+    if make is not nn.VectorQuantizer and metric == "cosine":
+        pytest.skip("residual stages are Euclidean")
+    for options, reached in (
+        ({}, lambda result: result.quantized.square().sum()),
+        ({"codebook_weight": 0.0}, lambda result: result.quantized.square().sum() + result.loss),
+    ):
+        layer = make(8, 3, codebook="gradient", metric=metric, revive_after=revive_after, **options)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+        before = [p.detach().clone() for p in layer.parameters()]
+        with fastgen.use_backend(backend):
+            result = layer(torch.randn(50, 3, requires_grad=True), torch.rand(50) < 0.8)
+            reached(result).backward()
+        optimizer.step()
+        for parameter, old in zip(layer.parameters(), before, strict=True):
+            assert parameter.grad is None and torch.equal(parameter, old)
 
 
 @pytest.mark.parametrize("options", [{}, {"codebook": "gradient"}, {"metric": "cosine"}])
@@ -321,6 +345,18 @@ def test_an_unused_code_is_replaced_by_a_vector_of_the_batch(codebook):
         torch.testing.assert_close(layer.ema_sums[2], floor * layer.codebook[2])
         layer(torch.randn(50, 3, dtype=torch.float64))
         assert layer.codebook[2].abs().max() < 10
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_revival_leaves_the_gradients_of_its_step_alone(metric):
+    plain = vq(8, 3, codebook="gradient", metric=metric)
+    revived = vq(8, 3, codebook="gradient", metric=metric, revive_after=1, revive_threshold=1.0)
+    revived.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 3, dtype=torch.float64)
+    for layer in (plain, revived):
+        layer(x).loss.backward()
+    assert not torch.equal(revived.codebook, plain.codebook), "no code was revived"
+    torch.testing.assert_close(revived.codebook.grad, plain.codebook.grad, rtol=0, atol=0)
 
 
 def test_revival_is_seeded_and_takes_no_padding():

@@ -124,3 +124,20 @@ def test_weights_are_checked(name):
         ops.vq_quantize(x, codebook, **{name: -1.0})
     with pytest.raises(TypeError, match=rf"^{name}: expected a number >= 0, got str"):
         ops.vq_quantize(x, codebook, **{name: "1"})
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("reached", ("quantized", "loss without a codebook term"))
+def test_a_codebook_that_no_loss_reaches_gets_no_gradient(backend, reached):
+    x, codebook = inputs()
+    weight = 1.0 if reached == "quantized" else 0.0
+    result = ops.vq_quantize(x, codebook, codebook_weight=weight, backend=backend)
+    total = result.quantized.sum() if reached == "quantized" else result.loss
+    grad_x, grad_codebook = torch.autograd.grad(
+        total, (x, codebook), create_graph=True, allow_unused=True
+    )
+    assert grad_x is not None and grad_codebook is None
+    if reached != "quantized":
+        second = torch.autograd.grad(grad_x.square().sum(), (x, codebook), allow_unused=True)
+        torch.testing.assert_close(second[0], 2 * grad_x.detach() * 0.5 / x.numel())
+        assert second[1] is None
