@@ -1,6 +1,7 @@
 """State of one codebook and its update, shared by VectorQuantizer and the stages of ResidualVQ.
 
-Everything here works on rows: x as (N, D), indices and mask as (N,).
+Everything here works on rows: x as (N, D), indices, mask and valid as (N,). Valid are the rows that
+are in the mask and finite: codes start from them, and move by them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import embedding, normalize
 
@@ -101,17 +103,21 @@ class Codebook(nn.Module):
         self.initialized.fill_(not self.kmeans_init)
         # Python's twin of the buffer: asking the device each step would wait for it.
         self._initialized = not self.kmeans_init
+        # Whether the other ranks are known to have started too.
+        self._agreed = False
 
-    def _set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
+    def _set_codes(
+        self, codes: Tensor, counts: Tensor | None = None, where: Tensor | None = None
+    ) -> None:
         """Sets the codes, each as the mean of max(count, 1) rows; one row without `counts`."""
         if self.metric == "cosine":
             codes = normalize(codes, dim=1)
-        self.codebook.copy_(codes)
-        self.ema_counts.fill_(1)
-        if counts is not None:
-            self.ema_counts.copy_(counts.clamp(min=1))
+        codes = codes.to(self.codebook.dtype)
+        counts = torch.ones_like(self.ema_counts) if counts is None else counts.clamp(min=1)
+        _fill(self.codebook, codes, where)
+        _fill(self.ema_counts, counts, where)
         if self.ema:
-            self.ema_sums.copy_(codes * self.ema_counts[:, None])
+            _fill(self.ema_sums, codes * counts[:, None], where)
 
     def codes(self) -> Tensor:
         """The codes (K, D) that rows are compared with: `codebook`, at unit length for "cosine"."""
@@ -132,24 +138,59 @@ class Codebook(nn.Module):
         return torch.where(indices[..., None] < 0, 0, found)
 
     @torch.no_grad()
-    def start_from(self, rows: Tensor, mask: Tensor | None) -> None:
-        """Puts the codes at the k-means of these rows."""
-        codes, counts = _kmeans.kmeans(
+    def start_from(
+        self, rows: Tensor, valid: Tensor, started: Tensor | Literal[False] = False
+    ) -> None:
+        """Puts the codes at the k-means of the valid rows, if there are any, unless `started`."""
+        codes, counts, total = _kmeans.kmeans(
             rows.to(self.codebook.dtype),
-            mask,
+            valid,
             self.codebook,
             self.kmeans_iters,
             spherical=self.metric == "cosine",
             sync=self.sync,
         )
-        self._set_codes(codes, counts)
-        self.initialized.fill_(True)
-        self._initialized = True
+        found = total > 0
+        if started is False:
+            started = torch.zeros_like(found)
+        self._set_codes(codes, counts, found & ~started)
+        self.initialized.copy_(self.initialized | found | started)
+        # A compiled graph cannot ask: it takes the first batch for one that has rows.
+        self._initialized = torch.compiler.is_compiling() or bool(self.initialized)
+        self._agreed = True
+
+    def start(self, rows: Tensor, valid: Tensor) -> None:
+        """Once, in the first training step that has valid rows: `kmeans_init`."""
+        several = _kmeans.shared(self.sync)
+        if self._initialized and (self._agreed or not several or not self.kmeans_init):
+            return
+        if not several:
+            # An empty batch is none; ranks must agree, so that theirs joins the others.
+            if rows.shape[0] > 0:
+                self.start_from(rows, valid)
+            return
+        started = self._adopt()
+        if not torch.compiler.is_compiling() and bool(started):
+            self._initialized = self._agreed = True
+        else:
+            self.start_from(rows, valid, started)
+
+    @torch.no_grad()
+    def _adopt(self) -> Tensor:
+        """Takes the state of the first rank that has started, such as from a checkpoint that it
+        alone has loaded; () bool, whether there is one."""
+        ranks = torch.arange(dist.get_world_size(), device=self.initialized.device)
+        flags = ((ranks == dist.get_rank()) & self.initialized).int()
+        flags = _kmeans.all_reduce(flags, self.sync)
+        started, first = flags.any(), flags.argmax() == dist.get_rank()
+        for tensor in (self.codebook, *self.buffers(recurse=False)):
+            state = tensor.detach()
+            theirs = _kmeans.all_reduce(torch.where(first, state, 0).to(state.dtype), self.sync)
+            _fill(tensor, theirs, started)
+        return started
 
     def quantize(self, rows: Tensor, mask: Tensor | None) -> ops.VQResult:
         """The straight-through quantization of rows (N, D); masked rows get code 0 and no loss."""
-        if self.training and not self._initialized and self._has_rows(rows):
-            self.start_from(rows.detach(), mask)
         codebook = self.codebook
         if self.training and (self.ema or self.revive_after is not None):
             # Backward needs the codes as they were; the update of this step overwrites them.
@@ -170,41 +211,53 @@ class Codebook(nn.Module):
             loss = loss * (mask.numel() / mask.sum().clamp(min=1))
         return ops.VQResult(quantized, indices, loss)
 
-    def _has_rows(self, rows: Tensor) -> bool:
-        """Whether to start from this batch; ranks must agree, so an empty one joins the others."""
-        return rows.shape[0] > 0 or _kmeans.shared(self.sync)
+    @torch.no_grad()
+    def draw(self, valid: Tensor) -> _kmeans.Draw | None:
+        """What revival draws, for one step: `valid` (..., N) bool is of the rows of each stage."""
+        if self.revive_after is None:
+            return None
+        return _kmeans.agree(valid.sum(-1), self.num_codes, self.sync)
 
     @torch.no_grad()
-    def statistics(self, rows: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+    def statistics(
+        self, rows: Tensor, indices: Tensor, valid: Tensor, draw: _kmeans.Draw | None
+    ) -> Tensor:
         """What the update needs of this batch, in columns (K, W), made to be summed over ranks.
 
-        Counts; for EMA the sums; for revival the candidate rows and whether there is one.
+        Counts and sums; for revival the candidate rows and whether there is one.
         """
         rows = rows.to(self.codebook.dtype)
         summed = rows if self.ema else rows[:, :1]
-        counts, sums = _kmeans.row_statistics(summed, indices, mask, self.num_codes)
-        columns = [counts[:, None], sums] if self.ema else [counts[:, None]]
-        if self.revive_after is not None:
-            columns.append(_kmeans.candidates(rows, mask, self.num_codes, self.sync))
+        counts, sums = _kmeans.row_statistics(summed, indices, valid, self.num_codes)
+        columns = [counts[:, None], sums]
+        if draw is not None:
+            columns.append(_kmeans.candidates(rows, valid, draw))
         return torch.cat(columns, 1)
 
-    def step(self, rows: Tensor, indices: Tensor, mask: Tensor | None) -> None:
+    def step(self, rows: Tensor, indices: Tensor, valid: Tensor) -> None:
         """The update of one training step, over all ranks."""
-        self.update(_kmeans.all_reduce(self.statistics(rows, indices, mask), self.sync))
+        statistics = self.statistics(rows, indices, valid, self.draw(valid))
+        self.update(_kmeans.all_reduce(statistics, self.sync))
 
     @torch.no_grad()
     def update(self, statistics: Tensor) -> None:
         """One training step of the buffers from the `statistics` of all ranks."""
-        counts = statistics[:, 0]
+        width = self.dim if self.ema else 1
+        counts, sums = _kmeans.spare(statistics[:, 0], statistics[:, 1 : width + 1])
         self.usage_counts.add_(counts.long())
-        self.ema_counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        # Without rows there is no step: averages that decay to nothing would lose the codes.
+        some = counts.sum() > 0
+        self._average(self.ema_counts, counts, some)
         if self.ema:
-            sums = statistics[:, 1 : self.dim + 1]
-            self.ema_sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
-            self.codebook.copy_(self._ema_codes())
+            self._average(self.ema_sums, sums, some)
+            codes = self._ema_codes()
+            _fill(self.codebook, codes, (some & _kmeans.finite_sums(codes))[:, None])
         if self.revive_after is not None:
             rows, offered = statistics[:, -self.dim - 1 : -1], statistics[:, -1] > 0
             self._revive(rows, offered, self.revive_after)
+
+    def _average(self, average: Tensor, value: Tensor, where: Tensor) -> None:
+        _fill(average, average.mul(self.decay).add_(value, alpha=1 - self.decay), where)
 
     def _ema_codes(self) -> Tensor:
         if self.metric == "cosine":
@@ -265,5 +318,13 @@ class Codebook(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "initialized" in state_dict:
+        if not self.kmeans_init:
+            self.initialized = torch.ones_like(self.initialized)
+        elif prefix + "initialized" in state_dict:
             self._initialized = bool(state_dict[prefix + "initialized"])
+            self._agreed = False
+
+
+def _fill(tensor: Tensor, value: Tensor, where: Tensor | None) -> None:
+    """Sets `tensor` to `value` where `where`, everywhere by default, in place."""
+    tensor.copy_(value if where is None else torch.where(where, value, tensor))

@@ -28,7 +28,8 @@ class ResidualVQ(nn.Module):
     training each sample, with this probability, uses only its first n stages, n uniform in 1..Q. A
     stage's loss is the mean over the vectors that use it.
 
-    The statistics of all stages travel between ranks in one all_reduce a step.
+    The statistics of all stages travel between ranks in one all_reduce per step, and what revival
+    draws in a second. `quantize_dropout` is drawn on each rank for its own samples.
 
     Args:
         num_quantizers: Q.
@@ -96,10 +97,16 @@ class ResidualVQ(nn.Module):
         rows = self._rows(last)
         residual, total = rows, torch.zeros_like(rows)
         indices, losses, statistics = [], [], []
-        for stage, uses in zip(stages, active, strict=True):
+        if self.training:
+            finite = _kmeans.finite_rows(rows.detach(), None)
+            valid = [finite if uses is None else finite & uses for uses in active]
+            draws = _draws(stages[0], valid)
+        for i, (stage, uses) in enumerate(zip(stages, active, strict=True)):
+            if self.training:
+                stage.start(residual.detach(), valid[i])
             codes, index, loss = stage.quantize(residual, uses)
             if self.training:
-                statistics.append(stage.statistics(residual, index, uses))
+                statistics.append(stage.statistics(residual, index, valid[i], draws[i]))
             codes = codes.detach()
             if uses is not None:
                 codes = torch.where(uses[:, None], codes, 0)
@@ -183,6 +190,14 @@ class ResidualVQ(nn.Module):
         limit = torch.where(dropped, limit, count)
         limit = limit.view(shape[:1] + (1,) * len(shape[1:])).expand(shape).reshape(-1)
         return [limit > i if valid is None else valid & (limit > i) for i in range(count)]
+
+
+def _draws(stage: Codebook, valid: list[Tensor]) -> list[_kmeans.Draw | None]:
+    """What each stage's revival draws, agreed on in one collective."""
+    draw = stage.draw(torch.stack(valid))
+    if draw is None:
+        return [None] * len(valid)
+    return [_kmeans.Draw(*parts) for parts in zip(*draw, strict=True)]
 
 
 def _update(stages: list[Codebook], statistics: list[Tensor], sync: bool) -> None:

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from fastgen import ops
 from fastgen.nn._codebook import Codebook
+from fastgen.nn._kmeans import finite_rows
 from fastgen.nn._layout import check_input, check_mask, to_first, to_last
 from fastgen.ops import _check
 
@@ -28,17 +29,23 @@ class VectorQuantizer(Codebook):
         N_i <- decay N_i + (1 - decay) n_i,  m_i <- decay m_i + (1 - decay) s_i,  e_i = m_i / N'_i,
 
     where N'_i = (N_i + epsilon) / (n + K epsilon) * n, n = sum(N), is N_i with Laplace smoothing.
-    N_i and m_i start as if each code had been the mean of one vector, so that codes which get none
-    stay where they are. The forward of a step uses the codes from before its update.
+    N_i and m_i start as if each code had been the mean of one vector. The forward of a step uses
+    the codes from before its update.
+
+    A code that gets no vectors keeps m_i / N_i, while N_i decays: e_i is that times N_i / (N_i +
+    epsilon), so the code stays where it is until N_i comes down to epsilon, after log(epsilon) /
+    log(decay) steps (1146 by default; one with ``decay=0``), and then shrinks to zero
+    (`revive_after` replaces it before). With the cosine metric it keeps its direction.
 
     ``metric="cosine"`` (Yu et al. 2022, section 3.2): vectors and codes are compared at unit
     length. The output, the loss and the EMA statistics are then of the normalised vectors, and so
     are gradients.
 
-    ``kmeans_init``: the first training batch puts the codes at its k-means, from random distinct
-    vectors (a batch with fewer than K vectors repeats some). The module knows on the Python side
-    that this is done: no later step waits for the device, and torch.compile compiles once more for
-    the second step.
+    ``kmeans_init``: the first training batch in which there is a vector puts the codes at its
+    k-means, from random distinct vectors (a batch with fewer than K vectors repeats some). The
+    module knows on the Python side that this is done: no later step waits for the device, and
+    torch.compile compiles once more for the second step. (A compiled first step does not wait
+    either, and is the last to try: where it finds no vector the codes stay as they were drawn.)
 
     ``revive_after``: after this many training steps in a row in which a code's N_i was under
     ``revive_threshold * mean(N)``, the code is replaced by a random vector of the batch, and its
@@ -47,11 +54,16 @@ class VectorQuantizer(Codebook):
     are left alone. Nothing is read back to the host.
 
     With torch.distributed, `sync` sums the statistics of a step over the ranks of the default group
-    in one all_reduce: all ranks hold the codebook that one process would get from the joint batch.
-    Every rank must then take part in each training step. Random choices follow torch.manual_seed.
+    in one all_reduce: all ranks hold the codebook that one process would get from the joint batch,
+    the vectors of rank 0 first, then those of rank 1, and so on. Every rank must then take part in
+    each training step. Random choices follow torch.manual_seed, with several ranks that of rank 0,
+    which tells the others, in revival by a second, small all_reduce. A codebook that some ranks
+    alone have started, such as by loading a checkpoint, is taken over by the others in their first
+    step. The loss is that of the rank's own vectors.
 
-    Vectors that are not finite make the loss NaN or infinite, but never enter an EMA codebook: a
-    code that got one is left out of the step's counts and sums.
+    Vectors that are not finite (their sum is not) make the loss NaN or infinite, but nothing else:
+    like padding they count in no statistics and are drawn by no code. A code whose vectors' sum
+    overflows gets none in that step. A step without vectors leaves codes and averages as they are.
 
     Each forward in training is one step of the buffers: do not rerun it (torch.utils.checkpoint).
 
@@ -80,7 +92,7 @@ class VectorQuantizer(Codebook):
         usage_counts: (K,) int64, vectors that each code got in training since :meth:`reset_usage`.
         idle_steps: (K,) int64, training steps in a row that each code was unused; counted for
             `revive_after` only.
-        initialized: () bool, False until k-means has run.
+        initialized: () bool, False until k-means has run; loaded as True without `kmeans_init`.
 
     Outside training no buffer changes.
 
@@ -106,9 +118,12 @@ class VectorQuantizer(Codebook):
             ValueError: a shape does not fit.
         """
         rows, keep = self._rows(x, mask)
+        valid = finite_rows(rows.detach(), keep) if self.training else None
+        if valid is not None:
+            self.start(rows.detach(), valid)
         quantized, indices, loss = self.quantize(rows, keep)
-        if self.training:
-            self.step(rows, indices, keep)
+        if valid is not None:
+            self.step(rows, indices, valid)
         if keep is not None:
             quantized = torch.where(keep[:, None], quantized, 0)
             indices = torch.where(keep, indices, -1)
@@ -135,9 +150,12 @@ class VectorQuantizer(Codebook):
         return to_first(self.lookup(indices), self.channel_first)
 
     def init_from(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Puts the codes at the k-means of `x` now, as `kmeans_init` does in the first step."""
+        """Puts the codes at the k-means of `x` now, as `kmeans_init` does in the first step.
+
+        Where `x` has no vectors that count, nothing changes.
+        """
         rows, keep = self._rows(x, mask)
-        self.start_from(rows.detach(), keep)
+        self.start_from(rows.detach(), finite_rows(rows.detach(), keep))
 
     def _rows(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         check_input(x, self.dim, self.channel_first)

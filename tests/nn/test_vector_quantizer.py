@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
 from fastgen import nn, ops
-from fastgen.nn._kmeans import sample_rows
+from fastgen.nn import _kmeans
 
 BUFFERS = ("ema_counts", "usage_counts", "idle_steps", "initialized")
 
@@ -204,16 +204,130 @@ def test_masked_vectors_count_nowhere(codebook, metric):
 
 def test_a_batch_of_padding_alone_has_no_loss_and_keeps_the_codes():
     layer = vq(6, 4, revive_after=1, epsilon=1e-12)
-    before = layer.codebook.clone()
+    before = state(layer)
     result = layer(torch.randn(2, 3, 4, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.bool))
     assert result.loss == 0
-    torch.testing.assert_close(layer.codebook, before)
+    assert_same_state(state(layer), before)
     layer.ema_counts[3] = 0
     layer.idle_steps[3] = 5
     code = layer.ema_sums[3].clone()
     layer(torch.randn(2, 3, 4, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.bool))
     assert layer.idle_steps[3] == 6, "a code was revived from padding"
-    torch.testing.assert_close(layer.ema_sums[3], 0.99 * code)
+    assert torch.equal(layer.ema_sums[3], code)
+
+
+def batch_of(kind):
+    """x (20, 3), its mask, and which rows count."""
+    x, mask, valid = torch.randn(20, 3, dtype=torch.float64), None, torch.zeros(20).bool()
+    if kind == "empty":
+        x, valid = x[:0], valid[:0]
+    elif kind == "masked":
+        mask = valid
+    elif kind == "NaN":
+        x[:, 1] = math.nan
+    elif kind == "infinite":
+        x[:, 0], x[::2, 2] = math.inf, -math.inf
+    elif kind == "masked or NaN":
+        mask = torch.arange(20) < 11
+        x[:11, 2] = math.nan
+    else:
+        x[[0, 4, 11]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=x.dtype)[:, None]
+        valid = x.isfinite().all(1)
+        if kind == "some masked, some not finite":
+            mask = torch.arange(20) > 2
+            valid = valid & mask
+    return x, mask, valid
+
+
+NOTHING_COUNTS = ["empty", "masked", "NaN", "infinite", "masked or NaN"]
+SOME_COUNT = ["some not finite", "some masked, some not finite"]
+STATES = [
+    {"decay": 0.0},
+    {"decay": 0.5, "revive_after": 1, "revive_threshold": 1.0},
+    {"decay": 0.0, "metric": "cosine"},
+    {"decay": 0.99, "metric": "cosine", "revive_after": 1, "revive_threshold": 1.0},
+    {"decay": 0.0, "codebook": "gradient", "revive_after": 1, "revive_threshold": 1.0},
+]
+
+
+@pytest.mark.parametrize("kind", NOTHING_COUNTS)
+@pytest.mark.parametrize("options", STATES)
+def test_a_batch_in_which_nothing_counts_changes_nothing(options, kind):
+    """Not after any number of them: averages that decay to nothing would take the codes along."""
+    layer = vq(5, 3, **options)
+    layer(torch.randn(50, 3, dtype=torch.float64))
+    before = state(layer)
+    for _ in range(20):
+        layer(*batch_of(kind)[:2])
+    after = state(layer)
+    del before["idle_steps"], after["idle_steps"]
+    assert_same_state(after, before)
+
+
+@pytest.mark.parametrize("kind", SOME_COUNT)
+@pytest.mark.parametrize("options", STATES)
+def test_rows_that_are_not_finite_count_no_more_than_padding(options, kind):
+    layer = vq(5, 3, **options)
+    alone = copy.deepcopy(layer)
+    for step in range(5):
+        x, mask, valid = batch_of(kind)
+        for each, arguments in ((layer, (x, mask)), (alone, (x[valid],))):
+            torch.manual_seed(step)
+            each(*arguments)
+        for key, value in state(alone).items():
+            torch.testing.assert_close(state(layer)[key], value)
+    assert all(value.isfinite().all() for value in state(layer).values())
+
+
+@pytest.mark.parametrize("make", [nn.VectorQuantizer, functools.partial(nn.ResidualVQ, 2)])
+def test_rows_that_overflow_leave_the_codebook_finite(make):
+    layer = make(4, 3, decay=0.0, revive_after=1, kmeans_init=True)
+    for scale in (3e38, 1e38, 1e20, 1.0):
+        layer(scale * torch.randn(200, 3).clamp(-1, 1))
+        assert all(value.isfinite().all() for value in layer.state_dict().values()), scale
+
+
+@pytest.mark.parametrize("kind", NOTHING_COUNTS)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_kmeans_starts_from_the_first_batch_in_which_something_counts(metric, kind):
+    layer = vq(4, 3, kmeans_init=True, metric=metric)
+    other = copy.deepcopy(layer)
+    for _ in range(2):
+        layer(*batch_of(kind)[:2])
+        layer.init_from(*batch_of(kind)[:2])
+        assert not layer.initialized
+    x, mask, valid = batch_of("some masked, some not finite")
+    for each, arguments in ((layer, (x, mask)), (other, (x[valid],))):
+        torch.manual_seed(1)
+        each(*arguments)
+        assert each.initialized
+    for key, value in state(other).items():
+        torch.testing.assert_close(state(layer)[key], value)
+
+
+def test_residual_stages_start_from_a_batch_in_which_something_counts():
+    layer = nn.ResidualVQ(3, 4, 3, kmeans_init=True, revive_after=1, dtype=torch.float64)
+    for kind in (*NOTHING_COUNTS, *SOME_COUNT):
+        x, mask, _ = batch_of(kind)
+        layer(x, mask)
+        assert all(stage.initialized == (kind in SOME_COUNT) for stage in layer.quantizers)
+        assert all(value.isfinite().all() for value in state(layer).values())
+
+
+def test_a_code_that_gets_none_stays_until_its_count_is_as_small_as_epsilon():
+    """As the class says: it has shrunk by N_i / (N_i + epsilon), and at last is zero."""
+    layer = vq(2, 3, decay=0.99)
+    with torch.no_grad():
+        layer._set_codes(torch.tensor([[-5.0, 0, 0], [50, 0, 0]], dtype=torch.float64))
+    x = torch.tensor([[-5.0, 0, 0]], dtype=torch.float64).expand(20, 3)
+    for step in range(1, 3001):
+        layer(x)
+        if step in (1, 100, 1000, 1150, 1500, 3000):
+            count = 0.99**step
+            shrunk = count / (count + 1e-5) * (1 + 2e-5 / float(layer.ema_counts.sum()))
+            torch.testing.assert_close(layer.ema_counts[1], torch.tensor(count).double())
+            torch.testing.assert_close(float(layer.codebook[1, 0]), 50 * shrunk)
+    assert layer.codebook[1, 0] < 1e-6
 
 
 def test_channel_first_is_a_view_of_the_same_thing():
@@ -301,6 +415,9 @@ def test_kmeans_start_survives_the_state_dict():
     loaded.load_state_dict(fresh.state_dict())
     loaded(x)
     assert loaded.codebook.min() > 50
+    plain = nn.VectorQuantizer(4, 2)
+    plain.load_state_dict(fresh.state_dict())
+    assert plain.initialized, "codes that no k-means will replace are the start"
 
 
 def far_code(codebook="ema", **options):
@@ -387,6 +504,13 @@ def test_revival_brings_the_whole_codebook_into_use():
     assert layer.usage() > 0.9 > 0.7 > dead.usage()
 
 
+def sample_rows(rows, mask, count):
+    valid = _kmeans.finite_rows(rows, mask)
+    found = _kmeans.candidates(rows, valid, _kmeans.agree(valid.sum(), count, sync=False))
+    assert (found[:, -1] == 1).all()
+    return found[:, :-1]
+
+
 def test_random_rows_are_distinct_valid_and_cover_the_batch():
     rows = torch.arange(23.0)[:, None]
     mask = torch.rand(23) < 0.6
@@ -447,6 +571,7 @@ def test_no_step_reads_back_from_the_device(options):
     chosen = fastgen.explain("vq_codebook_stats", torch.ones(1, 4), torch.zeros(1).long(), 8).chosen
     if chosen == "reference":
         pytest.skip("the reference looks at the indices on the host, to check their range")
+    layer(torch.randn(6, 5, 4), mask)  # the start asks once whether there was a vector
     with NoReadBack():
         for _ in range(3):
             x = torch.randn(6, 5, 4, requires_grad=True)

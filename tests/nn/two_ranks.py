@@ -9,7 +9,7 @@ import torch.distributed.nn.functional  # before there is a group, which it woul
 from gloo_group import joined
 
 from fastgen import nn
-from fastgen.nn._kmeans import all_reduce, candidates
+from fastgen.nn._kmeans import agree, all_reduce, candidates
 
 
 def same_on_both(module):
@@ -20,45 +20,108 @@ def same_on_both(module):
         assert torch.equal(value, other), key
 
 
-def joint_batch(rank, make, rows=40):
-    """Both ranks on halves of a batch, and one process on the whole: same codebook and usage."""
+def part_of(x, rank, cut):
+    return x[cut:] if rank else x[:cut]
+
+
+def assert_states_close(shared, one):
+    for (key, got), expected in zip(
+        shared.state_dict().items(), one.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(got, expected, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def alone(module):
+    one = copy.deepcopy(module)
+    for each in one.modules():
+        if hasattr(each, "sync"):
+            each.sync = False
+    return one
+
+
+def joint_batch(rank, make, seed=0):
+    """Both ranks on parts of a batch, and one process on the whole: same results and state.
+
+    Rank 1 has nothing at first, another generator, and rows that are not finite. With equal parts
+    the mean of the ranks' losses is the loss.
+    """
     torch.manual_seed(0)
     shared = make()
-    one = copy.deepcopy(shared)
-    for module in one.modules():
-        if hasattr(module, "sync"):
-            module.sync = False
-    for _ in range(5):
-        x = torch.randn(rows, 4, dtype=torch.float64)
-        cut = 2 * rows // 3
-        shared(x[cut:] if rank else x[:cut])
-        one(x)
-        for (key, got), expected in zip(
-            shared.state_dict().items(), one.state_dict().values(), strict=True
-        ):
-            torch.testing.assert_close(got, expected, msg=lambda m, k=key: f"{k}: {m}")
+    one = alone(shared)
+    batches = torch.Generator().manual_seed(seed)
+    for step in range(8):
+        x = torch.randn(40, 4, dtype=torch.float64, generator=batches)
+        cut = (40, 26, 20, 3)[step % 4]
+        if step in (3, 5):
+            x[-2:, step % 4] = float("nan")
+        torch.manual_seed(100 * rank + step)
+        ours = shared(part_of(x, rank, cut))
+        torch.manual_seed(step)
+        expected = one(x)
+        assert torch.equal(ours.indices, part_of(expected.indices, rank, cut))
+        torch.testing.assert_close(
+            ours.quantized, part_of(expected.quantized, rank, cut), equal_nan=True
+        )
+        if cut == 20:
+            loss = ours.loss.detach().clone()
+            dist.all_reduce(loss)
+            torch.testing.assert_close(loss / 2, expected.loss)
+        assert_states_close(shared, one)
         same_on_both(shared)
 
 
-def random_choices(rank, make):
-    """k-means and revival draw differently on each rank, with a rank that comes without vectors."""
+def nothing_to_start_from(rank, make):
+    """Until there is a row on any rank none starts; no rank waits for another."""
     torch.manual_seed(0)
     layer = make()
+    rows = torch.randn(20, 4, dtype=torch.float64)
+    for x in (rows[:0], rows * float("nan")):
+        layer(x)
+        assert not any(value for key, value in layer.state_dict().items() if "initialized" in key)
+    one = alone(layer)
     torch.manual_seed(rank)
-    for step in range(12):
-        x = torch.randn(20, 4, dtype=torch.float64)
-        layer(x[:0] if step in (0, 7) and rank == 1 else x)
-        same_on_both(layer)
-    return layer
+    layer(rows * float("nan") if rank == 0 else rows)
+    torch.manual_seed(0)
+    one(rows)
+    assert_states_close(layer, one)
 
 
-def candidates_come_from_both_ranks(rank):
-    """Each code is offered one whole row, of either rank."""
+def started_on_one_rank(rank, make, loading, wrapped):
+    """A checkpoint loaded by one rank alone is where all go on from, and draws nothing for it."""
+    torch.manual_seed(7)
+    trained, x = make(), torch.randn(40, 4, dtype=torch.float64)
+    for each in trained.modules():
+        if hasattr(each, "sync"):
+            each.sync = False
+    trained(x)
+    torch.manual_seed(rank)
+    layer = make()
+    if rank == loading:
+        layer.load_state_dict(trained.state_dict())
+    model = layer
+    if wrapped:  # which gives all ranks what rank 0 has
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4).double(), layer)
+        torch.nn.init.eye_(model[0].weight), torch.nn.init.zeros_(model[0].bias)
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    for step in range(3):
+        torch.manual_seed(step)
+        model(part_of(x, rank, 15))
+        torch.manual_seed(step)
+        trained(x)
+        assert_states_close(layer, trained)
+    same_on_both(layer)
+
+
+def rows_come_from_both_ranks(rank):
+    """Each code is offered one whole row of the joint batch, and none twice."""
     rows = torch.arange(40.0).view(20, 2) + 100 * rank
-    offers = all_reduce(candidates(rows, None, 16, sync=True), sync=True)
+    valid = torch.ones(20, dtype=torch.bool)
+    draw = agree(valid.sum(), 16, sync=True)
+    offers = all_reduce(candidates(rows, valid, draw), sync=True)
     assert (offers[:, -1] == 1).all()
     offers = offers[:, :-1]
     assert torch.equal(offers[:, 1], offers[:, 0] + 1) and (offers[:, 0] % 100 < 40).all()
+    assert len(set(offers[:, 0].tolist())) == 16
     assert set((offers[:, 0] // 100).tolist()) == {0.0, 1.0}
 
 
@@ -100,10 +163,20 @@ def every_check(rank):
         joint_batch(rank, make)
         one_collective(rank, make)
     revive = {"kmeans_init": True, "decay": 0.3, "revive_after": 1, "revive_threshold": 0.9, **wide}
-    random_choices(rank, lambda: nn.VectorQuantizer(16, 4, **revive))
-    random_choices(rank, lambda: nn.VectorQuantizer(16, 4, codebook="gradient", **revive))
-    random_choices(rank, lambda: nn.ResidualVQ(2, 16, 4, **revive))
-    candidates_come_from_both_ranks(rank)
+    drawing = [
+        lambda: nn.VectorQuantizer(16, 4, **revive),
+        lambda: nn.VectorQuantizer(16, 4, metric="cosine", **revive),
+        lambda: nn.VectorQuantizer(16, 4, codebook="gradient", **revive),
+        lambda: nn.ResidualVQ(2, 16, 4, **revive),
+    ]
+    for make in drawing:
+        for seed in range(3):
+            joint_batch(rank, make, seed)
+        nothing_to_start_from(rank, make)
+        for loading in (0, 1):
+            started_on_one_rank(rank, make, loading, wrapped=False)
+        started_on_one_rank(rank, make, 0, wrapped=True)
+    rows_come_from_both_ranks(rank)
     wrapped(rank)
     print("all checks ran", flush=True)
 
