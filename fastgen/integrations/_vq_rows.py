@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from vector_quantize_pytorch import vector_quantize_pytorch as library
 
 from fastgen import ops
-from fastgen.ops._autograd import accumulate_dtype, run, without_autocast
+from fastgen.ops._autograd import Fused, accumulate_dtype, run, without_autocast
 
 __all__ = [
     "assign",
@@ -218,7 +217,7 @@ def _rotate(codes: Tensor, x: Tensor, plain_code: Tensor) -> None:
         codes.copy_(torch.where(plain[:, None], codes, rotated.to(codes.dtype)))
 
 
-class _Assign(Function):
+class _Assign(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return _forward(*args)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.distributions import Transform
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.coupling import GeneralCouplingTransform
@@ -45,7 +44,7 @@ from fastgen.integrations._calls import (
     reason_against,
 )
 from fastgen.integrations._library import Library, Swap, run_own_code
-from fastgen.ops._autograd import run
+from fastgen.ops._autograd import Fused, run
 
 __all__ = [
     "LIBRARY",
@@ -76,10 +75,9 @@ def _soft_bound(raw: Tensor, bound: float) -> Tensor:
     return raw / (1 + (raw / bound).abs())
 
 
-class _SoftBound(Function):
+class _SoftBound(Fused):
     """Its gradient needs the result alone, which the ops keep anyway."""
 
-    generate_vmap_rule = True
     forward = staticmethod(_soft_bound)
 
     @staticmethod
@@ -99,10 +97,9 @@ def _raw_derivatives(log_derivatives: Tensor) -> Tensor:
     return d + torch.log(-torch.expm1(-d)) - math.log(math.expm1(1))
 
 
-class _RawDerivatives(Function):
+class _RawDerivatives(Fused):
     """With d / (1 - exp(-d)) for its gradient, where autograd keeps five tensors of its size."""
 
-    generate_vmap_rule = True
     forward = staticmethod(_raw_derivatives)
 
     @staticmethod

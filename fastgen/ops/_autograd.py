@@ -5,12 +5,42 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
+from torch._C import _are_functorch_transforms_active as functorch_active
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    unwrap_if_dead,
+)
 from torch.autograd import Function, forward_ad
+
+
+class Fused(Function):
+    """An autograd.Function that torch.func and torch.compile can take in any order.
+
+    Subclasses have ``forward(*args)``, ``setup_context`` and ``backward``, all static; the raw
+    operators that these call have fake kernels and vmap rules.
+    """
+
+    generate_vmap_rule = True
+
+    #: Every subclass by its key.
+    functions: ClassVar[dict[str, type[Fused]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        key = f"{cls.__module__}.{cls.__qualname__}"
+        Fused.functions[key] = cls
+        cls.key = staticmethod(lambda: key)  # type: ignore[method-assign]
+
+    @staticmethod
+    def key() -> str:
+        """The name that a compiled graph calls it by; Dynamo reads no other attribute of it."""
+        raise NotImplementedError
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -19,23 +49,55 @@ def needs_grad(*tensors: Tensor | None) -> bool:
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
+        if functorch_active() and (torch.compiler.is_compiling() or _hides_grad(tensors)):
+            return True
     return forward_ad._current_level >= 0
 
 
-def apply(function: type[Function], *args: Any) -> Any:
+def _hides_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether one of them wraps a tensor that requires grad, as the slices that vmap gives may.
+
+    Such a wrapper does not require grad itself: an outer transform, or autograd, records below it.
+    Not for Dynamo, which cannot unwrap.
+    """
+    for t in tensors:
+        while t is not None and is_functorch_wrapped_tensor(t):
+            t = get_unwrapped(t)
+            if t.requires_grad:
+                return True
+    return False
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether torch.vmap made it, at any depth of transforms: it then has no values to read."""
+    while functorch_active() and is_functorch_wrapped_tensor(t):
+        if is_batchedtensor(t):
+            return True
+        t = get_unwrapped(t)
+    return False
+
+
+def apply(function: type[Fused], *args: Any) -> Any:
     """``function.apply(*args)``, without what only torch.func needs where that is not active.
 
     `apply` first binds the arguments to the signature of ``forward``, in Python, which costs more
     than a small kernel does; its C++ base class runs ``forward`` and ``setup_context`` as well.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        if functorch_active():
+            # Imports Dynamo; only what Dynamo traces comes here.
+            from fastgen.ops import _in_graph
+
+            return _in_graph.apply(function.key(), *args)
+        return function.apply(*args)
+    if functorch_active():
         return function.apply(*args)
     alive = [unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args]
     return super(Function, function).apply(*alive)  # type: ignore[misc]
 
 
 def run(
-    function: type[Function],
+    function: type[Fused],
     raw: Callable[..., Any],
     tensors: Sequence[Tensor | None],
     *options: Any,

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fastgen.ops import _library
-from fastgen.ops._autograd import run
+from fastgen.ops._autograd import Fused, run
 
 _copy = _library.define("snapshot(Tensor x) -> Tensor")
 _library.LIBRARY.impl("snapshot", torch.clone, "CompositeExplicitAutograd")
@@ -24,9 +23,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-class _Snapshot(Function):
-    generate_vmap_rule = True
-
+class _Snapshot(Fused):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return _copy(x)

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn.functional import logsigmoid
 
 from fastgen import backends
 from fastgen.ops import _check, _library
 from fastgen.ops._autograd import (
+    Fused,
     accumulate_dtype,
     autocast_promote,
     reference_vjp,
@@ -126,9 +126,7 @@ def affine_coupling_reference(
     return (x.to(dtype) * torch.exp(log_s) + shift.to(dtype)).to(x.dtype), log_det
 
 
-class _AffineCoupling(Function):
-    generate_vmap_rule = True
-
+class _AffineCoupling(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _fwd(*args)
@@ -148,9 +146,7 @@ class _AffineCoupling(Function):
         return grad_x, grad_raw_scale, grad_shift, None, None, None, None
 
 
-class _AffineCouplingBackward(Function):
-    generate_vmap_rule = True
-
+class _AffineCouplingBackward(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _bwd(*args)

@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, autocast_promote, run
+from fastgen.ops._autograd import Fused, accumulate_dtype, autocast_promote, run
 
 __all__ = ["instance_norm", "instance_norm_with_stats"]
 
@@ -149,9 +148,7 @@ def instance_norm_reference(
     return y.to(x.dtype).reshape(x.shape), mean.detach().flatten(1), var.detach().flatten(1)
 
 
-class _InstanceNorm(Function):
-    generate_vmap_rule = True
-
+class _InstanceNorm(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _fwd(*args)
@@ -181,9 +178,7 @@ class _InstanceNorm(Function):
         return grad_x, *grads, None
 
 
-class _InstanceNormBackward(Function):
-    generate_vmap_rule = True
-
+class _InstanceNormBackward(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _bwd(*args)
@@ -203,9 +198,7 @@ class _InstanceNormBackward(Function):
         return of_grad_y, of_x, None, None, of_scale, None
 
 
-class _InstanceNormSecond(Function):
-    generate_vmap_rule = True
-
+class _InstanceNormSecond(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _bwd_bwd(*args)

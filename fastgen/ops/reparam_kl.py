@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fastgen import backends, random
 from fastgen.ops import _check, _library
 from fastgen.ops._autograd import (
+    Fused,
     accumulate_dtype,
     apply,
     autocast_promote,
@@ -95,9 +95,7 @@ def _drawn(key: Tensor | None, mu: Tensor, generator: torch.Generator | None) ->
     return random.draw_key(device=mu.device, generator=generator) if key is None else key
 
 
-class _ReparamKL(Function):
-    generate_vmap_rule = True
-
+class _ReparamKL(Fused):
     @staticmethod
     def forward(
         mu: Tensor, logvar: Tensor, noise: Tensor | None, key: Tensor | None, noise_grad: bool
@@ -116,9 +114,7 @@ class _ReparamKL(Function):
         return grad_mu, grad_logvar, grad_noise if ctx.noise_grad else None, None, None
 
 
-class _ReparamKLBackward(Function):
-    generate_vmap_rule = True
-
+class _ReparamKLBackward(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _bwd(*args)

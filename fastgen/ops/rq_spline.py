@@ -33,12 +33,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 
 from fastgen import backends
 from fastgen.ops import _check, _library
 from fastgen.ops._autograd import (
+    Fused,
     accumulate_dtype,
     autocast_promote,
     reference_vjp,
@@ -202,9 +202,7 @@ def rq_spline_reference(
     return torch.where(outside, x, y.to(x.dtype)), log_det
 
 
-class _RQSpline(Function):
-    generate_vmap_rule = True
-
+class _RQSpline(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _fwd(*args)
@@ -221,9 +219,7 @@ class _RQSpline(Function):
         return *grads, None, None, None, None, None, None
 
 
-class _RQSplineBackward(Function):
-    generate_vmap_rule = True
-
+class _RQSplineBackward(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _bwd(*args)

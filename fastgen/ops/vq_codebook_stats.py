@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fastgen import backends
 from fastgen.ops import _check, _library
-from fastgen.ops._autograd import accumulate_dtype, run
+from fastgen.ops._autograd import Fused, accumulate_dtype, is_batched, run
 
 __all__ = ["vq_codebook_stats"]
 
@@ -44,7 +43,7 @@ _library.register_vmap_loop("vq_codebook_stats_fwd")
 
 def _check_range(indices: Tensor, codebook_size: int) -> None:
     # Traced and vmapped tensors have no values to read; index_add checks those itself.
-    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(indices):
+    if torch.compiler.is_compiling() or is_batched(indices):
         return
     if indices.numel() == 0:
         return
@@ -68,9 +67,7 @@ def vq_codebook_stats_reference(
     return counts, sums
 
 
-class _VQCodebookStats(Function):
-    generate_vmap_rule = True
-
+class _VQCodebookStats(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _fwd(*args)

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fastgen import backends
 from fastgen.ops import _check, _library
 from fastgen.ops._autograd import (
+    Fused,
     accumulate_dtype,
     autocast_promote,
     reference_vjp,
@@ -118,9 +118,7 @@ def vq_quantize_reference(
     return quantized, indices, loss
 
 
-class _VQQuantize(Function):
-    generate_vmap_rule = True
-
+class _VQQuantize(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _fwd(*args)
@@ -152,9 +150,7 @@ class _VQQuantize(Function):
         return grad_x, grad_codebook if codebook_grad else None, None, None
 
 
-class _VQQuantizeBackward(Function):
-    generate_vmap_rule = True
-
+class _VQQuantizeBackward(Fused):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return _bwd(*args)

@@ -40,6 +40,25 @@ def test_pullbacks_that_outlive_their_transform(tensors):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("compiled", (False, True))
+def test_gradients_pass_through_vmap(tensors, compiled):
+    """A vmapped tensor does not require grad; what it wraps may, at any depth."""
+
+    def function(*leaves):
+        return torch.vmap(torch.vmap(lambda *t: coupling(*(v[None] for v in t))))(*leaves).sum()
+
+    transformed = torch.func.grad(function, (0, 1, 2))
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(coupling(*(t.flatten()[:, None] for t in leaves)), leaves)
+    if compiled:
+        function, transformed = (
+            torch.compile(f, backend="aot_eager", fullgraph=True) for f in (function, transformed)
+        )
+    for actual in torch.autograd.grad(function(*leaves), leaves), transformed(*tensors):
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_constants_take_no_part_in_autograd():
     x, codebook = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     for backend in "cpu", "reference":
