@@ -34,11 +34,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["draw_key", "fold_in", "make_key", "philox_words"]
+__all__ = ["derive_key", "draw_key", "fold_in", "make_key", "philox_words", "skip_blocks"]
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -66,6 +67,34 @@ def make_key(seed: int, offset: int = 0, *, device: torch.device | str | None = 
             raise ValueError(f"{name}: expected a number in [-2^63, 2^64), got {value}")
         words.append(value - 2**64 if value >= 2**63 else value)
     return torch.tensor(words, dtype=torch.int64, device=device)
+
+
+def derive_key(seed: int, *data: int, device: torch.device | str | None = None) -> Tensor:
+    """`make_key(seed)` after :func:`fold_in` with each of `data` in turn.
+
+    Worked out on the host, and copied to a GPU without waiting for it: a training step's key.
+
+    Args:
+        seed: in [-2^63, 2^64).
+        data: numbers in [0, 2^63), such as of a phase and of a step.
+        device: where the noise will be made.
+
+    Returns:
+        int64 (2,).
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    seed, offset = make_key(seed).tolist()
+    for value in data:
+        if not 0 <= value < 2**63:
+            raise ValueError(f"data: expected numbers in [0, 2^63), got {value}")
+        seed, offset = _fold((seed, offset), value)
+    words = [word - 2**64 if word >= 2**63 else word for word in (seed, offset)]
+    key = torch.tensor(words, dtype=torch.int64)
+    if device is None or torch.device(device).type != "cuda":
+        return key.to(device)
+    return key.pin_memory().to(device, non_blocking=True)
 
 
 def draw_key(
@@ -109,11 +138,24 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         raise ValueError(f"data: expected a number in [0, 2^63), got {data}")
     else:
         data = torch.tensor(data, device=key.device)
-    # The noise has third and fourth counter words zero; data + 1 is never zero.
-    low, high = _split(data + 1)
-    offset_low, offset_high = (part.expand(data.shape) for part in _split(key[1]))
-    w = _philox((offset_low, offset_high, low, high), _split(key[0]))
-    return torch.stack((w[0] | (w[1] << 32), w[2] | (w[3] << 32)), -1)
+    return torch.stack(_fold((key[0], key[1].expand(data.shape)), data), -1)
+
+
+def skip_blocks(key: Tensor, count: int | Tensor) -> Tensor:
+    """The key of the same stream from its block `count` on, that is from its value 4 `count` on.
+
+    Args:
+        key: int64 (2,).
+        count: a number, or an int64 tensor () on the key's device.
+
+    Returns:
+        int64 (2,).
+
+    Raises:
+        TypeError, ValueError: `key` is not a key.
+    """
+    check_key(key)
+    return torch.stack((key[0], key[1] + count))
 
 
 def philox_words(key: Tensor, count: int) -> Tensor:
@@ -168,14 +210,19 @@ def check_key(key: object, name: str = "key", device: torch.device | None = None
         raise ValueError(f"{name}: expected the device of the input, {device}, got {key.device}")
 
 
-def _split(value: Tensor) -> tuple[Tensor, Tensor]:
+def _fold(key: tuple[Any, Any], data: Any) -> tuple[Any, Any]:
+    """`fold_in` for the words of a key and `data`, ints or int64 tensors."""
+    # The noise has third and fourth counter words zero; data + 1 is never zero.
+    w = _philox((*_split(key[1]), *_split(data + 1)), _split(key[0]))
+    return w[0] | (w[1] << 32), w[2] | (w[3] << 32)
+
+
+def _split(value: Any) -> tuple[Any, Any]:
     return value & _MASK, (value >> 32) & _MASK
 
 
-def _philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words; products wrap, as they should."""
+def _philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
+    """Philox4x32-10 on 32-bit words in ints, or in int64 tensors, whose products may wrap."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):

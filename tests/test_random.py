@@ -147,6 +147,26 @@ def test_fold_in_gives_distinct_keys_and_takes_tensors():
     assert random.fold_in(keys[0], torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3, 2)
 
 
+@pytest.mark.parametrize("seed", (0, -5, 2**64 - 1))
+def test_derived_keys_are_folded(seed):
+    folded = random.fold_in(random.fold_in(random.make_key(seed), 3), 2**62)
+    assert torch.equal(random.derive_key(seed, 3, 2**62), folded)
+    assert torch.equal(random.derive_key(seed), random.make_key(seed))
+    for bad in (-1, 2**63):
+        with pytest.raises(ValueError, match=r"data: expected numbers in \[0, 2\^63\), got"):
+            random.derive_key(seed, 0, bad)
+
+
+@pytest.mark.parametrize("offset", (0, 2**63 - 2, -9))
+def test_skipped_blocks(offset):
+    key = random.make_key(7, offset)
+    expected = random.philox_words(key, 40)[12:]
+    for count in (3, torch.tensor(3)):
+        assert torch.equal(random.philox_words(random.skip_blocks(key, count), 28), expected)
+    with pytest.raises(TypeError, match="key: expected an int64 Tensor"):
+        random.skip_blocks([1, 2], 3)
+
+
 def test_bad_keys_are_named():
     for function in (lambda k: random.fold_in(k, 1), lambda k: random.philox_words(k, 4)):
         with pytest.raises(TypeError, match="key: expected an int64 Tensor .* got list"):

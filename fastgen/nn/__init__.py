@@ -2,6 +2,7 @@
 
 from fastgen.nn.adain import AdaIN
 from fastgen.nn.coupling import AffineCoupling, RQSplineCoupling
+from fastgen.nn.dropout import Dropout, keyed_dropout
 from fastgen.nn.gaussian_reparam import GaussianReparam
 from fastgen.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastgen.nn.residual_vq import ResidualVQ
@@ -11,6 +12,7 @@ from fastgen.nn.vector_quantizer import VectorQuantizer
 __all__ = [
     "AdaIN",
     "AffineCoupling",
+    "Dropout",
     "GaussianReparam",
     "InstanceNorm1d",
     "InstanceNorm2d",
@@ -22,4 +24,5 @@ __all__ = [
     "Unwound",
     "VectorQuantizer",
     "VolumePreserving",
+    "keyed_dropout",
 ]
