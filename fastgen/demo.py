@@ -87,6 +87,7 @@ def _print_timing(run: Path, data_root: str | None) -> None:
     """Time the first stage's training step, and the quantizer in it, on every backend."""
     import torch
 
+    from fastgen.training.draws import Draws
     from fastgen.training.runs import load_run
 
     stage: Any = load_run(run, data_root).stages[0]
@@ -100,7 +101,8 @@ def _print_timing(run: Path, data_root: str | None) -> None:
 
     def training_step() -> None:
         optimizer.zero_grad()
-        stage.loss(stage.name, stage.modules, {"images": images}).loss.backward()
+        draws = Draws(len(images), device=device)
+        stage.loss(stage.name, stage.modules, {"images": images}, draws).loss.backward()
         optimizer.step()
         _wait(device)
 

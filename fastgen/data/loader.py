@@ -11,14 +11,16 @@ class BatchLoader:
 
     The order of an epoch comes from a private generator, so nothing else that draws random numbers
     can move it, and a loader set back to a position goes on exactly as the first one did. The last,
-    incomplete batch of an epoch is dropped. With several processes each takes its contiguous part
-    of the same joint batch.
+    incomplete batch of an epoch is dropped. The joint batch is cut into `parts`, and each of those
+    into contiguous shares, one per process: part p of all processes together has the same rows
+    however many they are.
 
     Args:
         tensors: named tensors with one common first dimension N; None values are left out.
-        batch_size: rows of the joint batch, a multiple of `world_size`.
+        batch_size: rows of the joint batch, a multiple of `parts` times `world_size`.
         seed: seed of the shuffling.
-        rank, world_size: which part of the joint batch is ours.
+        parts: how many a batch is to be cut into, to be worked on one after the other.
+        rank, world_size: which share of each part is ours.
         device: where the batches go.
 
     Raises:
@@ -31,6 +33,7 @@ class BatchLoader:
         batch_size: int,
         *,
         seed: int = 0,
+        parts: int = 1,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
@@ -44,17 +47,20 @@ class BatchLoader:
             raise ValueError(
                 f"batch_size must be in [1, {self.size}] (the number of samples), got {batch_size}"
             )
-        if batch_size % world_size:
+        if batch_size % (parts * world_size):
+            times = f" times {parts} parts" if parts > 1 else ""
             raise ValueError(
-                f"batch_size must be a multiple of the {world_size} processes, got {batch_size}"
+                f"batch_size must be a multiple of the {world_size} processes{times}, "
+                f"got {batch_size}"
             )
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
         self.epoch = 0
         self.index = 0
-        part = batch_size // world_size
-        self._part = slice(rank * part, (rank + 1) * part)
+        rows = torch.arange(batch_size).view(parts, world_size, -1)[:, rank]
+        self.first_rows: list[int] = rows[:, 0].tolist()
+        self._rows = rows.flatten()
         self._order = self._shuffle(self.epoch)
 
     def _shuffle(self, epoch: int) -> Tensor:
@@ -62,7 +68,10 @@ class BatchLoader:
         return torch.randperm(self.size, generator=generator)
 
     def next_batch(self) -> dict[str, Tensor]:
-        """The next batch, each tensor (batch_size / world_size, ...), on `device`."""
+        """The next batch, each tensor (batch_size / world_size, ...), on `device`.
+
+        Its equal parts begin at the rows `first_rows` of the joint batch.
+        """
         if (self.index + 1) * self.batch_size > self.size:
             self.epoch, self.index = self.epoch + 1, 0
             self._order = self._shuffle(self.epoch)
@@ -75,8 +84,7 @@ class BatchLoader:
         return self._take(self._shuffle(epoch), index)
 
     def _take(self, order: Tensor, index: int) -> dict[str, Tensor]:
-        start = index * self.batch_size
-        rows = order[start : start + self.batch_size][self._part]
+        rows = order[index * self.batch_size + self._rows]
         return {
             key: value[rows].to(self.device, non_blocking=True)
             for key, value in self.tensors.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastgen.nn import Dropout
+
 
 class Classifier(nn.Module):
     """Two convolutions that halve the sides, a hidden layer of features, class logits.
@@ -45,11 +47,11 @@ class Classifier(nn.Module):
             nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(2 * channels * grid, feature_dim),
             nn.ReLU(),
         )
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(feature_dim, num_classes))
+        self.head = nn.Sequential(Dropout(dropout), nn.Linear(feature_dim, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> logits (B, num_classes)."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgen.nn import Dropout
+
 
 class Past:
     """Keys and values of a block's first `count` tokens, with room for `length`."""
@@ -41,7 +43,7 @@ class CausalBlock(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
+        self.drop_weights, self.drop_mixed, self.drop_hidden = (Dropout(dropout) for _ in range(3))
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -52,16 +54,25 @@ class CausalBlock(nn.Module):
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         """Tokens x (B, N, D), or one token (B, 1, D) after those of `past`, which it joins."""
-        dropout = self.dropout if self.training else 0.0
         qkv = self.qkv(self.norm1(x)).unflatten(
             -1, (3, self.heads, -1)
         )  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if past is not None:
             k, v = past.extend(k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=past is None)
-        x = x + F.dropout(self.proj(mixed.transpose(1, 2).flatten(2)), dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), dropout, self.training)
+        mixed = self._attend(q, k, v, causal=past is None)
+        x = x + self.drop_mixed(self.proj(mixed.transpose(1, 2).flatten(2)))
+        return x + self.drop_hidden(self.mlp(self.norm2(x)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        if not (self.training and self.drop_weights.p):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        # torch's own would drop by the process, not by the row
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        return self.drop_weights(scores.softmax(-1)) @ v
 
 
 class CodePrior(nn.Module):

@@ -10,12 +10,13 @@ faded in, an image is (1 - alpha) times that of level l - 1, enlarged, plus alph
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgen import ops
 from fastgen.models.stylegan_layers import (
     RELU_GAIN,
     Blur,
@@ -25,6 +26,7 @@ from fastgen.models.stylegan_layers import (
     StyledLayer,
     leaky_relu,
 )
+from fastgen.nn import _ranks
 from fastgen.ops import _check
 from fastgen.random import draw_key, fold_in
 
@@ -78,10 +80,10 @@ class SynthesisBlock(nn.Module):
         self.conv = EqualConv2d(channels, channels, 3, bias=False)
         self.styled = nn.ModuleList(StyledLayer(channels, style_dim) for _ in range(2))
 
-    def forward(self, x: Tensor, w: Tensor, keys: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        """x and the styles w (B, 2, D) of both layers -> (B, channels, side, side)."""
-        x = self.styled[0](self.enter(x), w[:, 0], keys[0])
-        return self.styled[1](self.conv(x), w[:, 1], keys[1])
+    def forward(self, x: Tensor, w: Tensor, noise: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        """x, styles w (B, 2, D) and noise inputs of both layers -> (B, channels, side, side)."""
+        x = self.styled[0](self.enter(x), w[:, 0], noise[0])
+        return self.styled[1](self.conv(x), w[:, 1], noise[1])
 
 
 class StyleGANGenerator(nn.Module):
@@ -148,6 +150,10 @@ class StyleGANGenerator(nn.Module):
         """Styled layers up to a level."""
         return 2 * (level + 1)
 
+    def noise_shapes(self, level: int) -> list[tuple[int, int, int]]:
+        """(1, side, side) of an image's noise input in each layer up to a level."""
+        return [(1, 4 << i, 4 << i) for i in range(level + 1) for _ in range(2)]
+
     def parameters_at(self, level: int, *, fading: bool = True) -> Iterator[nn.Parameter]:
         """What images of `level` depend on, where alpha blends (`fading`) or not."""
         yield self.constant
@@ -166,9 +172,9 @@ class StyleGANGenerator(nn.Module):
         level: int | None = None,
         alpha: float | Tensor | None = None,
         key: Tensor | None = None,
-        noise: bool = True,
+        noise: bool | Sequence[Tensor] = True,
     ) -> Tensor:
-        """Images of latents; in training mode `w_mean` follows.
+        """Images of latents; in training mode `w_mean` follows, on the latents of all processes.
 
         Args:
             z: (B, D).
@@ -176,7 +182,8 @@ class StyleGANGenerator(nn.Module):
             psi: as `truncate`.
             level, alpha: by default those of `grow`; a tensor alpha is always blended with.
             key: of the noise inputs; drawn from torch's default generator by default.
-            noise: False leaves the noise inputs out.
+            noise: the noise inputs, of `noise_shapes`; True makes them from `key`, False leaves
+                them out.
         """
         _check.shape(z, "z", (len(z), self.latent_dim), "batch, latent_dim")
         level, alpha = self._growth(level, alpha)
@@ -202,7 +209,8 @@ class StyleGANGenerator(nn.Module):
 
     @torch.no_grad()
     def _follow(self, w: Tensor) -> None:
-        self.w_mean.lerp_(w.mean(0).to(self.w_mean.dtype), 1 - _W_MEAN_DECAY)
+        mean = _ranks.mean(w.mean(0).to(self.w_mean.dtype))
+        self.w_mean.lerp_(mean, 1 - _W_MEAN_DECAY)
 
     @staticmethod
     def mix(ws: Tensor, others: Tensor, crossover: Tensor) -> Tensor:
@@ -230,28 +238,50 @@ class StyleGANGenerator(nn.Module):
         level: int | None = None,
         alpha: float | Tensor | None = None,
         key: Tensor | None = None,
-        noise: bool = True,
+        noise: bool | Sequence[Tensor] = True,
     ) -> Tensor:
         """Images of styles ws (B, L, D), one for each layer up to the level; args as `forward`.
 
         Raises:
-            ValueError: another number of layers or dimensions.
+            ValueError: another number of layers or dimensions, or of noise inputs.
         """
         level, alpha = self._growth(level, alpha)
         layers = self.layers_at(level)
         _check.shape(ws, "ws", (len(ws), layers, self.latent_dim), "batch, layers, latent_dim")
-        if noise and key is None:
-            key = draw_key(device=ws.device)
-        keys = [fold_in(key, i) if noise and key is not None else None for i in range(layers)]
+        inputs = self._noise_inputs(noise, len(ws), level, key, ws.device)
         x = below = self.constant.to(ws.dtype).expand(len(ws), -1, -1, -1)
         for i, block in enumerate(self.blocks[: level + 1]):
             below = x
-            x = block(x, ws[:, 2 * i : 2 * i + 2], (keys[2 * i], keys[2 * i + 1]))
+            x = block(x, ws[:, 2 * i : 2 * i + 2], (inputs[2 * i], inputs[2 * i + 1]))
         image = self.to_image[level](x)
         if level == 0 or not _is_blended(alpha):
             return image
         old = F.interpolate(self.to_image[level - 1](below), scale_factor=2.0)
         return _blend(old, image, alpha)
+
+    def _noise_inputs(
+        self,
+        noise: bool | Sequence[Tensor],
+        count: int,
+        level: int,
+        key: Tensor | None,
+        device: torch.device,
+    ) -> Sequence[Tensor | None]:
+        """One for each layer up to the level, (B, 1, side, side)."""
+        shapes = self.noise_shapes(level)
+        if noise is False:
+            return [None] * len(shapes)
+        if noise is True:
+            keys = fold_in(
+                draw_key(device=device) if key is None else key,
+                torch.arange(len(shapes), device=device),
+            )
+            return [ops.normal(k, (count, *shape)) for k, shape in zip(keys, shapes, strict=True)]
+        if len(noise) != len(shapes):
+            raise ValueError(f"noise must be {len(shapes)} tensors, got {len(noise)}")
+        for given, shape in zip(noise, shapes, strict=True):
+            _check.shape(given, "noise", (count, *shape), "batch, 1, side, side")
+        return noise
 
     @torch.no_grad()
     def sample(

@@ -150,17 +150,16 @@ class StyledLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.style = EqualLinear(style_dim, 2 * channels)
 
-    def forward(self, x: Tensor, w: Tensor, key: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
         """x (B, C, H, W) and styles w (B, D) -> as x.
 
         Args:
             x: (B, C, H, W).
             w: (B, D).
-            key: of the noise, one plane an image for all channels; None for no noise.
+            noise: (B, 1, H, W), one plane per image for all channels; None for no noise.
         """
-        if key is not None:
-            noise = ops.normal(key, (len(x), 1, *x.shape[2:]), dtype=x.dtype)
-            x = x + noise * _per_channel(self.noise_strength, x)
+        if noise is not None:
+            x = x + noise.to(x.dtype) * _per_channel(self.noise_strength, x)
         x = leaky_relu(x + _per_channel(self.bias, x))
         scale, shift = self.style(w).chunk(2, 1)
         return ops.adain(x, 1 + scale, shift, eps=_STYLE_EPS)
@@ -174,7 +173,8 @@ class MinibatchStd(nn.Module):
     """Adds a plane that says how much a group of images varies (Karras et al. 2018, section 3).
 
     The standard deviation of every feature over the group, averaged over all features: one number
-    a group. Image i is in group i mod (B / G).
+    a group. Image i is in group i // G, so that
+    images of whole groups are the same in a part of the batch.
 
     Args:
         group_size: G; the whole batch where that is smaller.
@@ -198,8 +198,8 @@ class MinibatchStd(nn.Module):
             )
         # a batch at bfloat16 would vary by its rounding
         groups = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        groups = groups.unflatten(0, (size, -1))
+        groups = groups.unflatten(0, (-1, size))
         # 1e-8: the root has no gradient at 0
-        spread = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
-        plane = spread.repeat(size)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        spread = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
+        plane = spread.repeat_interleave(size)[:, None, None, None].expand(-1, 1, *x.shape[2:])
         return torch.cat([x, plane.to(x.dtype)], 1)

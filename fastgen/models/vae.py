@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastgen.losses import make_likelihood
 from fastgen.models import vae_nets
-from fastgen.nn import GaussianReparam
+from fastgen.nn import GaussianReparam, _ranks
 from fastgen.random import draw_key
 
 NETWORKS = {"mlp": vae_nets.mlp, "conv": vae_nets.convolutional}
@@ -91,11 +91,12 @@ class VAE(nn.Module):
         beta: float | Tensor = 1.0,
         free_bits: float = 0.0,
         key: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Bound:
         """`elbo`, or `iwae` with several samples."""
         if samples > 1:
-            return self.iwae(images, samples, key=key)
-        return self.elbo(images, beta=beta, free_bits=free_bits, key=key)
+            return self.iwae(images, samples, key=key, noise=noise)
+        return self.elbo(images, beta=beta, free_bits=free_bits, key=key, noise=noise)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) -> mean and log-variance of q(z | x), (B, D) each."""
@@ -118,48 +119,71 @@ class VAE(nn.Module):
         beta: float | Tensor = 1.0,
         free_bits: float = 0.0,
         key: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Bound:
         """One sample's estimate of the evidence lower bound.
 
         Args:
             images: (B, C, H, W).
             beta: weight of the KL; below 1 the value bounds nothing.
-            free_bits: nats that a latent's KL, averaged over the batch, costs at least.
-            key: of the noise, as for `fastgen.ops.reparam_kl`.
+            free_bits: nats that a latent's KL, averaged over the batch, costs at least; in training
+                mode over that of all processes, which must all have as many images.
+            key, noise: the noise (B, D), or what it is made from, as for `fastgen.ops.reparam_kl`;
+                by default a key from torch's own generator.
         """
         mu, logvar = self.encode(images)
         if free_bits > 0:
-            z, kl_per_latent = self._sample_per_latent(mu, logvar, key)
+            z, kl_per_latent = self._sample_per_latent(mu, logvar, key, noise)
             kl = kl_per_latent.sum(1)
-            cost = kl_per_latent.mean(0).clamp(min=free_bits).sum()
+            mean = kl_per_latent.mean(0)
+            joint = _ranks.mean(mean) if self.training else mean
+            cost = torch.where(joint >= free_bits, mean, free_bits).sum()
         else:
-            z, kl = self.reparam(mu, logvar, key=key)
+            z, kl = self.reparam(mu, logvar, key=key, noise=noise)
             cost = kl = kl if self.kl == "analytic" else _log_ratio(z, mu, logvar).sum(-1)
         log_likelihood = self.likelihood.log_prob(self.decoder(z), images)
         return Bound(log_likelihood - beta * cost, log_likelihood, kl)
 
     def _sample_per_latent(
-        self, mu: Tensor, logvar: Tensor, key: Tensor | None
+        self, mu: Tensor, logvar: Tensor, key: Tensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """z and each latent's KL, (B, D) both: to the op, every latent is a batch element."""
-        z, kl = self.reparam(mu.reshape(-1, 1), logvar.reshape(-1, 1), key=key)
+        noise = None if noise is None else noise.reshape(-1, 1)
+        z, kl = self.reparam(mu.reshape(-1, 1), logvar.reshape(-1, 1), key=key, noise=noise)
         z, kl = z.view_as(mu), kl.view_as(mu)
         return z, kl if self.kl == "analytic" else _log_ratio(z, mu, logvar)
 
-    def iwae(self, images: Tensor, samples: int, *, key: Tensor | None = None) -> Bound:
-        """The importance-weighted bound of `samples` latents an image, all decoded in one batch."""
-        log_likelihood, kl = self._log_weights(*self.encode(images), images, samples, key)
-        bound = torch.logsumexp(log_likelihood - kl, 0) - math.log(samples)
-        return Bound(bound, log_likelihood.mean(0), kl.mean(0))
+    def iwae(
+        self,
+        images: Tensor,
+        samples: int,
+        *,
+        key: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Bound:
+        """The importance-weighted bound of K = `samples` latents per image, decoded in one batch.
+
+        `key` and `noise`, here (B, K, D), are as for `elbo`.
+        """
+        log_likelihood, kl = self._log_weights(*self.encode(images), images, samples, key, noise)
+        bound = torch.logsumexp(log_likelihood - kl, 1) - math.log(samples)
+        return Bound(bound, log_likelihood.mean(1), kl.mean(1))
 
     def _log_weights(
-        self, mu: Tensor, logvar: Tensor, images: Tensor, samples: int, key: Tensor | None
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        images: Tensor,
+        samples: int,
+        key: Tensor | None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """log p(x | z_k) and log q(z_k | x) - log p(z_k), (K, B) both."""
-        mu, logvar = (t.expand(samples, *t.shape) for t in (mu, logvar))
-        z, _ = self.reparam(mu, logvar, key=key)
+        """log p(x | z_k) and log q(z_k | x) - log p(z_k), (B, K) both."""
+        mu, logvar = (t[:, None].expand(-1, samples, -1) for t in (mu, logvar))
+        z, _ = self.reparam(mu, logvar, key=key, noise=noise)
         parameters = self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        return self.likelihood.log_prob(parameters, images), _log_ratio(z, mu, logvar).sum(-1)
+        log_likelihood = self.likelihood.log_prob(parameters, images[:, None])
+        return log_likelihood, _log_ratio(z, mu, logvar).sum(-1)
 
     @torch.no_grad()
     def log_prob(
@@ -183,7 +207,7 @@ class VAE(nn.Module):
         for part in _parts(samples, max(max_decoded // len(images), 1)):
             key = draw_key(device=mu.device, generator=generator)
             log_likelihood, kl = self._log_weights(mu, logvar, images, part, key)
-            total = torch.logaddexp(total, torch.logsumexp(log_likelihood - kl, 0))
+            total = torch.logaddexp(total, torch.logsumexp(log_likelihood - kl, 1))
         return total - math.log(samples)
 
     @torch.no_grad()

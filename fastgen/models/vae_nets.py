@@ -11,6 +11,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from fastgen.nn import Dropout
+
 ImageShape = tuple[int, int, int]
 
 
@@ -99,7 +101,7 @@ def _hidden(sizes: list[int], dropout: float) -> list[nn.Module]:
     linears = [nn.Linear(before, after) for before, after in pairwise(sizes)]
     if not dropout:
         return _with_relu(linears)
-    return [part for linear in linears for part in (linear, nn.ReLU(), nn.Dropout(dropout))]
+    return [part for linear in linears for part in (linear, nn.ReLU(), Dropout(dropout))]
 
 
 def _with_relu(layers: list) -> list[nn.Module]:

@@ -44,6 +44,7 @@ class GaussianReparam(nn.Module):
         logvar: Tensor | None = None,
         *,
         key: Tensor | None = None,
+        noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples.
@@ -51,7 +52,8 @@ class GaussianReparam(nn.Module):
         Args:
             mu: (B, ...), means; or, without `logvar`, means and log-variances along `dim`.
             logvar: (B, ...), logarithms of the variances.
-            key, generator: where the noise comes from, as for :func:`fastgen.ops.reparam_kl`.
+            key, noise, generator: the noise, or where it comes from, as for
+                :func:`fastgen.ops.reparam_kl`.
 
         Returns:
             z: (B, ...), a half of the input where that is cut.
@@ -65,7 +67,7 @@ class GaussianReparam(nn.Module):
         if self.mean_in_eval and not self.training:
             _, kl = ops.reparam_kl(mu, logvar, torch.zeros_like(mu))
             return mu, kl
-        return ops.reparam_kl(mu, logvar, key=key, generator=generator)
+        return ops.reparam_kl(mu, logvar, noise, key=key, generator=generator)
 
     def _halves(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         if not -parameters.dim() < self.dim < parameters.dim():

@@ -56,6 +56,7 @@ def start_run(recipe: str, config: Any, run_dir: Path | None = None) -> RunFolde
     if config.engine.init_from is not None:
         _load_newest(task, RunFolder.open(Path(config.engine.init_from)))
     accelerator = _accelerator(config)
+    _check_shares(task, config.engine.accumulate, accelerator.num_processes)
     path = _create(run_dir or _default_path(recipe, config.data), recipe, config, accelerator)
     run = RunFolder.open(path)
     Engine(task, config.engine, run, accelerator).train()
@@ -77,7 +78,9 @@ def resume_run(path: Path, data_root: str | None = None, expected: str | None = 
     recipe, config, task = _from_run(run, data_root)
     if expected not in (None, recipe):
         raise RunError(f"{path} is a run of recipe {recipe!r}, not {expected!r}")
-    Engine(task, config.engine, run, _accelerator(config)).train(resume=True)
+    accelerator = _accelerator(config)
+    _check_shares(task, config.engine.accumulate, accelerator.num_processes)
+    Engine(task, config.engine, run, accelerator).train(resume=True)
     return run
 
 
@@ -248,6 +251,17 @@ def _check_sizes(name: str, stage: Any, samples: int, accumulate: int) -> None:
             f"{name}.batch_size must be a multiple of engine.accumulate, "
             f"got {stage.batch_size} and {accumulate}"
         )
+
+
+def _check_shares(task: Task, accumulate: int, processes: int) -> None:
+    """Refuse batches whose parts cut rows apart that a stage compares with each other."""
+    for stage in task.stages:
+        rows, together = stage.config.batch_size // (accumulate * processes), stage.rows_together
+        if processes > 1 and rows % together:
+            raise RunError(
+                f"options do not fit: {stage.name}.batch_size / engine.accumulate must have a "
+                f"multiple of {together} rows for each of the {processes} processes, got {rows}"
+            )
 
 
 def _accelerator(config: Any) -> Accelerator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastgen.data import BatchLoader
+from fastgen.random import derive_key
 from fastgen.training.config import EngineConfig
+from fastgen.training.draws import Draws
 from fastgen.training.tasks.base import Batch, Stage
 
 
@@ -34,6 +37,7 @@ class StageRun:
             stage.train_tensors(),
             stage.config.batch_size,
             seed=config.seed,
+            parts=config.accumulate,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             device=accelerator.device,
@@ -84,9 +88,13 @@ class StageRun:
         for group in optimizer.param_groups:
             group["lr"] = self.stage.lr(self.steps_done)
         logs: dict[str, Tensor] = {}
+        key = self._key(phase)
         parts = self._cut(batch)
         for i, part in enumerate(parts):
-            for name, value in self._backward(phase, part, last=i == len(parts) - 1).items():
+            count = len(next(iter(part.values())))
+            draws = Draws(count, key, self.loader.first_rows[i])
+            found = self._backward(phase, part, draws, last=i == len(parts) - 1)
+            for name, value in found.items():
                 logs[name] = logs[name] + value if name in logs else value
         if self.config.max_grad_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -97,13 +105,20 @@ class StageRun:
             stepper.zero_grad()
         return logs
 
-    def _backward(self, phase: str, part: Batch, *, last: bool) -> dict[str, Tensor]:
-        """Add a part's gradients; those of the last part are summed over the processes."""
+    def _key(self, phase: str) -> Tensor:
+        """Of what a phase draws in this step: nothing of it need be in a checkpoint."""
+        number = zlib.crc32(f"{self.stage.name}/{phase}".encode())
+        seed, device = self.config.seed, self.accelerator.device
+        return derive_key(seed, number, self.steps_done, device=device)
+
+    def _backward(self, phase: str, part: Batch, draws: Draws, *, last: bool) -> dict[str, Tensor]:
+        """Add a part's gradients; those of the last part are averaged over the processes."""
         share = 1 / self.config.accumulate
         with ExitStack() as stack:
+            stack.enter_context(draws.dropout(self.stage.modules.values()))
             for net in self._wrapped.values() if not last else ():
                 stack.enter_context(self.accelerator.no_sync(net))
-            loss, logs = self.stage.loss(phase, self._nets, part)
+            loss, logs = self.stage.loss(phase, self._nets, part, draws)
             self.accelerator.backward(loss * share)
         failed = (self._bad_step < 0) & ~loss.detach().isfinite()
         self._bad_step = torch.where(failed, self.steps_done + 1, self._bad_step)

@@ -67,6 +67,22 @@ def test_ranks_share_the_joint_batch():
         assert torch.equal(batch["x"], torch.cat([part.next_batch()["x"] for part in parts]))
 
 
+@pytest.mark.parametrize("parts", (1, 2, 3))
+@pytest.mark.parametrize("world", (1, 2, 4))
+def test_a_part_of_all_ranks_has_the_rows_of_one_process(parts, world):
+    """`first_rows` say where in the joint batch a rank's share of each part lies."""
+    tensors = {"x": torch.arange(50)}
+    joint = BatchLoader(tensors, 24, seed=1, parts=parts).next_batch()["x"]
+    together = torch.empty_like(joint)
+    for rank in range(world):
+        loader = BatchLoader(tensors, 24, seed=1, parts=parts, rank=rank, world_size=world)
+        pieces = loader.next_batch()["x"].chunk(parts)
+        for number, (first, piece) in enumerate(zip(loader.first_rows, pieces, strict=True)):
+            assert number * 24 // parts <= first < (number + 1) * 24 // parts
+            together[first : first + len(piece)] = piece
+    assert torch.equal(together, joint)
+
+
 @pytest.mark.parametrize(
     ("tensors", "size", "world", "message"),
     [

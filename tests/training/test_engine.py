@@ -47,7 +47,7 @@ class RegressionStage(Stage):
             name: self.config.optimizer.build([module]) for name, module in self.modules.items()
         }
 
-    def loss(self, phase, nets, batch):
+    def loss(self, phase, nets, batch, draws):
         self.calls += 1
         self.seen.append((phase, len(batch["x"])))
         loss = (nets[phase](batch["x"])[:, 0] - batch["y"]).square().mean()
@@ -198,8 +198,8 @@ def test_a_nan_gradient_of_a_finite_loss_is_not_saved(tmp_path):
     stage = task.stages[0]
     plain = stage.loss
 
-    def loss(phase, nets, batch):
-        found = plain(phase, nets, batch)
+    def loss(phase, nets, batch, draws):
+        found = plain(phase, nets, batch, draws)
         if stage.calls != 40:
             return found
         weight = task.modules["second"].weight

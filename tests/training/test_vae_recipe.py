@@ -11,6 +11,7 @@ import fastgen
 from fastgen.cli import main
 from fastgen.data import ImageDataset, ImageSplit, load_images
 from fastgen.models import VAE
+from fastgen.training.draws import Draws
 from fastgen.training.options import parse_train_options
 from fastgen.training.runs import evaluate_run, load_run, sample_run, start_run
 from fastgen.training.tasks.vae import VAEConfig, VAETask
@@ -187,7 +188,7 @@ def test_grey_pixels_are_drawn_anew_in_training_and_once_for_the_test():
 
     stage = first.stages[0]
     for _ in range(2):
-        stage.loss("vae", {"vae": net}, {"images": grey.images})
+        stage.loss("vae", {"vae": net}, {"images": grey.images}, Draws(40))
     assert not torch.equal(*seen) and set(seen[0].unique().tolist()) == {0.0, 1.0}
 
 

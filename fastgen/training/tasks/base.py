@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastgen.training.config import StageConfig
+from fastgen.training.draws import Draws
 
 Batch = dict[str, Tensor]
 Nets = Mapping[str, Callable[..., Any]]
@@ -33,6 +34,8 @@ class Stage(ABC):
         config: length, batch size, optimiser.
         modules: the modules trained here, keys of the task's own.
         averaged: names of those whose weights `engine.ema_decay` averages; None for all.
+        rows_together: rows that the loss compares with each other: several processes get whole
+            groups of so many.
         steps_done: steps before the current one; the engine keeps it.
     """
 
@@ -40,6 +43,7 @@ class Stage(ABC):
     config: StageConfig
     modules: dict[str, nn.Module]
     averaged: Collection[str] | None = None
+    rows_together: int = 1
     steps_done: int = 0
 
     @abstractmethod
@@ -55,8 +59,21 @@ class Stage(ABC):
         return self.config.optimizer.lr_at(step, self.config.steps)
 
     @abstractmethod
-    def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
-        """The loss of a phase; `nets`: `modules` as wrapped for DDP, autocast and compile."""
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
+        """The loss of a phase, to be averaged over equal parts of the joint batch.
+
+        Several processes train as one on their joint batch if what is random comes from `draws`
+        (noise, timesteps, masks) or from `fastgen.nn.Dropout`, and not from torch's own generators,
+        which differ from process to process; and if the loss is a mean over rows. What it takes
+        from the batch otherwise must be of all processes, as the statistics of a `FlowBatchNorm`
+        and of an EMA codebook are, or of rows that lie together, `rows_together`.
+
+        Args:
+            phase: one of `optimizers`.
+            nets: `modules` as wrapped for DDP, autocast and compile.
+            batch: a part of the joint batch, its rows on the device.
+            draws: random numbers for those rows, a function of seed, stage, phase, step and row.
+        """
 
     @abstractmethod
     def summarise(self, logs: dict[str, Tensor]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fastgen.data import ImageDataset, ImageSplit
 from fastgen.models import Classifier
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
+from fastgen.training.draws import Draws
 from fastgen.training.tasks.base import Batch, Nets, PhaseLoss, Stage, Task
 
 _EVAL_BATCH = 500
@@ -76,7 +77,7 @@ class ClassifierStage(Stage):
     def train_tensors(self) -> dict[str, Tensor | None]:
         return {"images": self.dataset.train.images, "labels": self.dataset.train.labels}
 
-    def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
         logits = nets["classifier"](batch["images"]).float()
         loss = F.cross_entropy(logits, batch["labels"])
         accuracy = (logits.argmax(1) == batch["labels"]).float().mean()

@@ -8,7 +8,7 @@ is above it, in nats: the Kullback-Leibler divergence from the data to the model
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from fastgen.data.toys import TOY_EXTENT
 from fastgen.models import ImageRealNVP, RealNVP
 from fastgen.models.realnvp import Flow
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
+from fastgen.training.draws import Draws
 from fastgen.training.tasks.base import Batch, Nets, PhaseLoss, Stage, Task
 
 _EVAL_BATCH = 2000
@@ -141,9 +142,13 @@ class FlowStage(Stage):
     def train_tensors(self) -> dict[str, Tensor | None]:
         return {"x": self.train}
 
-    def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
-        nll = -nets["flow"](batch["x"]).mean()
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
+        nll = -self.log_prob(nets["flow"], batch["x"], draws).mean()
         return PhaseLoss(nll, {"nll": nll})
+
+    def log_prob(self, net: Callable[..., Tensor], x: Tensor, draws: Draws) -> Tensor:
+        """log p(x) (B,) of a training batch."""
+        return net(x)
 
     def measure(self, model: Flow, split: str) -> dict[str, float]:
         """The measures of the split "valid" or "test"."""
@@ -198,6 +203,9 @@ class ImageStage(FlowStage):
         super().__init__(config, model, dataset.train.images)
         self.dataset = dataset
         self.bits = model.bits_per_dim
+
+    def log_prob(self, net: Callable[..., Tensor], x: Tensor, draws: Draws) -> Tensor:
+        return net(x, draws.uniform(*x.shape[1:]))
 
     def summarise(self, logs: dict[str, Tensor]) -> dict[str, float]:
         return {"nll": logs["nll"].item(), "bits_per_dim": self.bits(-logs["nll"]).item()}

@@ -30,6 +30,7 @@ from fastgen.metrics import frechet_distance
 from fastgen.models import StyleGANDiscriminator, StyleGANGenerator
 from fastgen.models.stylegan import fade_images, level_of, to_unit
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
+from fastgen.training.draws import Draws
 from fastgen.training.tasks.base import Batch, Nets, PhaseLoss, Stage, Task
 
 _SEED = 1234
@@ -185,6 +186,7 @@ class StyleGANStage(Stage):
         self.generator, self.discriminator = task.generator, task.discriminator
         self.modules = dict(task.modules)
         self.task = task
+        self.rows_together = self.discriminator.spread.group_size
         self.fade_steps = 0
         if level > level_of(options.growth.start):
             self.fade_steps = round(options.growth.fade * config.steps)
@@ -213,10 +215,10 @@ class StyleGANStage(Stage):
         """Alpha, a tensor wherever there is something to blend, so that all layers stay in use."""
         return torch.tensor(self.alpha(), device=device) if self.fade_steps else 1.0
 
-    def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
         images = batch["images"]
         alpha = self._blend(images.device)
-        generate = partial(self._generate, nets["generator"], len(images), alpha)
+        generate = partial(self._generate, nets["generator"], draws, alpha)
         if phase == "generator":
             # unwrapped: only the generator's gradients are wanted, and to be summed over processes
             self._train_discriminator(False)
@@ -226,20 +228,20 @@ class StyleGANStage(Stage):
         self.generator.grow(self.level, self.alpha())
         with torch.no_grad():
             fake = generate()
-        return self._discriminator_loss(nets, self._real(images, alpha), fake, alpha)
+        real = self._real(images, draws, alpha)
+        return self._discriminator_loss(nets, real, fake, draws, alpha)
 
-    def _generate(self, generator: Any, count: int, alpha: float | Tensor) -> Tensor:
-        device = self.generator.constant.device
-        z, other = torch.randn(2, count, self.generator.latent_dim, device=device)
-        layers = self.generator.layers_at(self.level)
-        crossover = torch.randint(1, layers, (count,), device=device)
-        mixed = torch.rand(count, device=device) < self.objective.mixing
-        crossover = torch.where(mixed, crossover, layers)
-        return generator(z, other=other, crossover=crossover, level=self.level, alpha=alpha)
+    def _generate(self, generator: Any, draws: Draws, alpha: float | Tensor) -> Tensor:
+        level, layers = self.level, self.generator.layers_at(self.level)
+        z, other = (draws.normal(self.generator.latent_dim) for _ in range(2))
+        mixed = draws.uniform() < self.objective.mixing
+        crossover = torch.where(mixed, draws.integers(1, layers), layers)
+        noise = [draws.normal(*shape) for shape in self.generator.noise_shapes(level)]
+        return generator(z, other=other, crossover=crossover, level=level, alpha=alpha, noise=noise)
 
-    def _real(self, images: Tensor, alpha: float | Tensor) -> Tensor:
+    def _real(self, images: Tensor, draws: Draws, alpha: float | Tensor) -> Tensor:
         if self.objective.mirror:
-            turned = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            turned = draws.uniform(1, 1, 1) < 0.5
             images = torch.where(turned, images.flip(3), images)
         return fade_images(2 * images - 1, alpha)
 
@@ -253,7 +255,7 @@ class StyleGANStage(Stage):
         return nonsaturating_generator_loss(scores)
 
     def _discriminator_loss(
-        self, nets: Nets, real: Tensor, fake: Tensor, alpha: float | Tensor
+        self, nets: Nets, real: Tensor, fake: Tensor, draws: Draws, alpha: float | Tensor
     ) -> PhaseLoss:
         options = self.objective
         discriminate = partial(nets["discriminator"], alpha=alpha)
@@ -266,7 +268,8 @@ class StyleGANStage(Stage):
             loss = wasserstein_discriminator_loss(real_scores, fake_scores)
             loss = loss + options.drift * real_scores.square().mean()
             if penalised:
-                penalty = options.penalty * gradient_penalty(discriminate, real, fake)
+                mix = draws.uniform()
+                penalty = options.penalty * gradient_penalty(discriminate, real, fake, mix)
         else:
             loss = nonsaturating_discriminator_loss(real_scores, fake_scores)
             if penalised:
@@ -369,7 +372,10 @@ class StyleGANTask(Task):
 
         def prepared(images: Tensor) -> Tensor:
             count = min(_MEASURED, len(images))
-            chosen = torch.arange(count) * len(images) // count  # a split may be sorted by class
+            chosen = torch.arange(count) * len(images) // count
+            # a split may be sorted by class, and a group of neighbours would vary less
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
+            chosen = chosen[order]
             real = self.at_level(images[chosen], level)
             return fade_images(real, alpha) if level else real
 

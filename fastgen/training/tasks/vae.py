@@ -21,6 +21,7 @@ from fastgen.metrics import bits_per_dim, mean_and_error
 from fastgen.models import VAE
 from fastgen.random import fold_in, make_key
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
+from fastgen.training.draws import Draws
 from fastgen.training.tasks.base import Batch, Nets, PhaseLoss, Stage, Task
 
 _EVAL_DECODED = 2000
@@ -180,6 +181,7 @@ class VAEStage(Stage):
         self.objective = objective
         self.modules = {"vae": model}
         self.dataset = dataset
+        self.latent_dim = model.latent_dim
         self.binarize = isinstance(model.likelihood, Bernoulli) and not _is_binary(
             dataset.train.images
         )
@@ -193,14 +195,15 @@ class VAEStage(Stage):
             return self.config.optimizer.lr_at(step, min(first, steps))
         return self.config.optimizer.lr_at(step - first, steps - first)
 
-    def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
-        images = torch.bernoulli(batch["images"]) if self.binarize else batch["images"]
-        options = self.objective
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
+        images = draws.bernoulli(batch["images"]) if self.binarize else batch["images"]
+        options, samples, latent_dim = self.objective, self._samples(), self.latent_dim
         bound, log_likelihood, kl = nets["vae"](
             images,
-            samples=self._samples(),
+            samples=samples,
             beta=self._beta(images.device),
             free_bits=options.free_bits,
+            **draws.normal_source(*((samples, latent_dim) if samples > 1 else (latent_dim,))),
         )
         loss = -bound.mean()
         return PhaseLoss(

@@ -19,6 +19,7 @@ from fastgen.data import ImageDataset
 from fastgen.losses import check_unit_range
 from fastgen.models import VQVAE, CodePrior
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
+from fastgen.training.draws import Draws
 from fastgen.training.tasks.base import (
     Batch,
     Nets,
@@ -164,7 +165,7 @@ class AutoencoderStage(Stage):
     def train_tensors(self) -> dict[str, Tensor | None]:
         return {"images": self.dataset.train.images}
 
-    def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
         images = batch["images"]
         output = nets["autoencoder"](images)
         relative_mse = (output.reconstruction.float() - images).square().mean() / self.variance
@@ -210,7 +211,7 @@ class PriorStage(Stage):
         labels = self.dataset.train.labels if _conditional(self.modules) else None
         return {"codes": encode_all(self.autoencoder, self.dataset.train.images), "labels": labels}
 
-    def loss(self, phase: str, nets: Nets, batch: Batch) -> PhaseLoss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
         codes = batch["codes"].flatten(1)
         logits = nets["prior"](codes, batch.get("labels")).float()
         nats_per_code = nn.functional.cross_entropy(logits.transpose(1, 2), codes)
