@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from fastgen.nn import Invertible, VolumePreserving
+from fastgen.nn import Invertible, VolumePreserving, _ranks
 from fastgen.nn.reversible import Cotangents, Memory, Unwound, pull_back, zero_log_det
 
 
@@ -127,12 +127,14 @@ class FlowBatchNorm(Invertible):
     y = (x - m) / sqrt(v + eps), with log_det = -P/2 sum log(v + eps) over channels of P positions.
     In training mode m and v are the running averages with this batch already in them, and gradients
     flow through the batch's part; the first batch sets them. In eval mode they stand still. With
-    several processes each counts its own part of the batch.
+    several processes of torch.distributed the batch is that of all of them, which must all run the
+    layer, forward and backward.
 
     Args:
         channels: C of x (B, C, *spatial).
         momentum: share of the old average that stays at each batch.
         eps: added to the variance.
+        sync: False: each process counts its own part of the batch.
 
     State dict: mean (C,), var (C,), batches ().
     """
@@ -141,9 +143,11 @@ class FlowBatchNorm(Invertible):
     var: Tensor
     batches: Tensor
 
-    def __init__(self, channels: int, *, momentum: float = 0.9, eps: float = 1e-5) -> None:
+    def __init__(
+        self, channels: int, *, momentum: float = 0.9, eps: float = 1e-5, sync: bool = True
+    ) -> None:
         super().__init__()
-        self.momentum, self.eps = momentum, eps
+        self.momentum, self.eps, self.sync = momentum, eps, sync
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("var", torch.ones(channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -162,7 +166,7 @@ class FlowBatchNorm(Invertible):
         if not self.training:
             return *self._normalise(x, self.mean, self.var), ()
         share = torch.where(self.batches == 0, 1.0, 1 - self.momentum).to(x.dtype)
-        mean, var = _statistics(x)
+        mean, var = _statistics(x, self.sync)
         mean = torch.lerp(self.mean, mean.to(self.mean.dtype), share.to(self.mean.dtype))
         var = torch.lerp(self.var, var.to(self.var.dtype), share.to(self.var.dtype))
         with torch.no_grad():
@@ -181,7 +185,7 @@ class FlowBatchNorm(Invertible):
         x.requires_grad_()
         with torch.enable_grad():
             # the values of forward, with the gradient through this batch's share of them
-            now = (share * (new - new.detach()) for new in _statistics(x))
+            now = (share * (new - new.detach()) for new in _statistics(x, self.sync))
             outputs = self._normalise(
                 x, *(old + n for old, n in zip((mean, var), now, strict=True))
             )
@@ -197,10 +201,17 @@ class FlowBatchNorm(Invertible):
         return f"{len(self.mean)}, momentum={self.momentum}, eps={self.eps}"
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) of x (B, C, *spatial)."""
+def _statistics(x: Tensor, sync: bool) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of x (B, C, *spatial), of all ranks' where `sync` says so."""
     var, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
-    return mean, var
+    if not _ranks.shared(sync):
+        return mean, var
+    count = torch.full_like(mean, x.numel() // len(mean))
+    counts, means, variances = _ranks.gather(torch.stack([count, mean, var])).unbind(1)
+    shares = counts / counts.sum(0)
+    mean = (shares * means).sum(0)
+    # about the common mean: squares about another would cancel
+    return mean, (shares * (variances + (means - mean).square())).sum(0)
 
 
 def _as_channels(value: Tensor, x: Tensor) -> Tensor:
