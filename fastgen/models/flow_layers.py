@@ -175,20 +175,24 @@ class FlowBatchNorm(Invertible):
             self.batches += 1
         return *self._normalise(x, mean, var), (mean.detach(), var.detach(), share)
 
+    def replay(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        if not memory:
+            return self(x)
+        # the values of forward, with the gradient through this batch's share of them
+        mean, var, share = memory
+        now = (share * (new - new.detach()) for new in _statistics(x, self.sync))
+        return self._normalise(x, *(old + n for old, n in zip((mean, var), now, strict=True)))
+
     def unwind(
         self, y: Tensor, memory: Memory, cotangents: Cotangents, parameters: Sequence[Tensor]
     ) -> Unwound:
         if not memory:
             return super().unwind(y, memory, cotangents, parameters)
-        mean, var, share = memory
+        mean, var, _ = memory
         x = y * _as_channels((var + self.eps).sqrt(), y) + _as_channels(mean, y)
         x.requires_grad_()
         with torch.enable_grad():
-            # the values of forward, with the gradient through this batch's share of them
-            now = (share * (new - new.detach()) for new in _statistics(x, self.sync))
-            outputs = self._normalise(
-                x, *(old + n for old, n in zip((mean, var), now, strict=True))
-            )
+            outputs = self.replay(x, memory)
         (grad_x,) = pull_back(outputs, cotangents, (x,))
         assert grad_x is not None
         return Unwound(x.detach(), grad_x, [None] * len(parameters))

@@ -198,6 +198,9 @@ class RQSplineCoupling(_Coupling):
         _, moved = self._split(x)
         return *self(x), (moved.clone(),)
 
+    def replay(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        return self(x)
+
     def _transform(self, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         bins = self.num_bins
         theta = raw.unflatten(1, (x.shape[1], self.numbers_each)).movedim(2, -1)

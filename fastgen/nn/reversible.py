@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch.autograd import Function, forward_ad
+
+from fastgen.nn._replay import Scene, check_sources, uncached
 
 __all__ = ["Invertible", "InvertibleChain", "Unwound", "VolumePreserving"]
 
@@ -38,8 +38,8 @@ class Unwound(NamedTuple):
 class Invertible(nn.Module):
     """An invertible map of each sample of a batch.
 
-    A subclass defines `forward` and `inverse`. One whose forward changes its state, or whose
-    inverse is inexact, also defines `remember` and `unwind`.
+    A subclass defines `forward` and `inverse`. One whose inverse is inexact, or does not undo the
+    forward in training mode, also defines `remember`, `replay` and `unwind`.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,18 +51,28 @@ class Invertible(nn.Module):
         raise NotImplementedError
 
     def remember(self, x: Tensor) -> tuple[Tensor, Tensor, Memory]:
-        """`forward`, and what `unwind` needs to know of it beside y."""
+        """`forward`, and what `unwind` and `replay` need to know of it beside y and x."""
         return *self(x), ()
+
+    def replay(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """What `remember` gave for x, y and log_det, with its graph."""
+        if memory:
+            raise NotImplementedError(
+                f"{type(self).__name__}: expected a replay beside its remember, "
+                "which gradients of second order need"
+            )
+        return self(x)
 
     def unwind(
         self, y: Tensor, memory: Memory, cotangents: Cotangents, parameters: Sequence[Tensor]
     ) -> Unwound:
-        """Rebuild x from y, and pull the cotangents of y and log_det back; changes no state."""
-        with torch.no_grad():
+        """Rebuild x from y, and pull the cotangents of y and log_det back."""
+        # the inverse, too, may draw, and move buffers
+        with torch.no_grad(), Scene("inverse", self, y.device).again({}):
             x, _ = self.inverse(y)
-        x.requires_grad_()
+        x = x.detach().requires_grad_()
         with torch.enable_grad():
-            outputs = self(x)
+            outputs = self.replay(x, memory)
         grad_x, *grads = pull_back(outputs, cotangents, (x, *parameters))
         return Unwound(x.detach(), torch.zeros_like(x) if grad_x is None else grad_x, grads)
 
@@ -96,15 +106,25 @@ class InvertibleChain(Invertible):
     Args:
         layers: in the order of `forward`.
         reversible: rebuild activations in backward instead of keeping them. The result is that of
-            plain backward up to rounding, with gradients of first order only (PyTorch's error for
-            once differentiable functions otherwise), and not under torch.func.
+            plain backward up to rounding; see below.
         anchor_every: layers between kept states in that mode.
 
     State dict: that of the layers, under "layers.0." and so on.
 
+    In reversible mode a layer is run again in backward as it ran: with the parameters and modes of
+    then, the buffers that it found (spectral normalisation and batch normalisation move theirs in
+    forward), under the same autocast, and drawing the same random numbers from torch's default
+    generators (dropout). Hooks of the modules inside it run each time. What it computes may depend
+    on nothing else. Two cases keep all activations, as a plain chain does: gradients of higher
+    order (`create_graph=True` runs the chain again for them, from x), and torch.func transforms and
+    forward-mode differentiation.
+
     Raises:
-        ValueError: `anchor_every` below 1; a reversible chain with dropout or batch normalisation
-            of torch.nn inside, which would not do the same again in backward, or another chain.
+        ValueError: `anchor_every` below 1; another chain in a reversible one.
+        RuntimeError: in reversible mode, hooks on a layer itself; in backward, parameters changed
+            in place since forward, a layer that draws what it did not draw in forward, or one that
+            depends on a tensor with a gradient that is neither its parameter nor its buffer.
+        TypeError: in reversible mode, a module of torch.jit.
     """
 
     def __init__(
@@ -118,21 +138,35 @@ class InvertibleChain(Invertible):
             raise ValueError(f"anchor_every: expected at least 1, got {anchor_every}")
         if reversible:
             for name, module in self.layers.named_modules(prefix="layers"):
-                if isinstance(module, (_DropoutNd, _BatchNorm, InvertibleChain)):
+                if isinstance(module, InvertibleChain):
                     raise ValueError(
-                        f"layers: expected layers that do the same when run again, for "
-                        f"reversible=True; {name} is {type(module).__name__}"
+                        f"layers: expected no chain in a chain, for reversible=True; "
+                        f"{name} is {type(module).__name__}"
                     )
 
     def __iter__(self) -> Iterator[Invertible]:
         return iter(self.layers)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.reversible and torch.is_grad_enabled():
-            parameters = [p for p in self.parameters() if p.requires_grad]
-            if parameters or x.requires_grad:
-                return _apply_reversible(self, x, *parameters)
+        if self.reversible and torch.is_grad_enabled() and not _transformed():
+            parameters = list(self.parameters())
+            learned = [t for t in (*parameters, *self.buffers()) if t.requires_grad]
+            if learned or x.requires_grad:
+                self._check_hooks()
+                frozen = [p for p in parameters if not p.requires_grad]
+                return _apply_reversible(self, frozen, x, learned)
         return _run(x, self)
+
+    def _check_hooks(self) -> None:
+        for name, layer in self.layers.named_children():
+            kinds = ("forward_pre", "forward", "backward_pre", "backward")
+            for kind in kinds:
+                if getattr(layer, f"_{kind}_hooks"):
+                    raise RuntimeError(
+                        f"layers.{name}: expected no hooks on the layers of a reversible chain, "
+                        f"which would not run in backward, got a {kind} hook; "
+                        "modules inside a layer may have them"
+                    )
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return _run(y, (layer.inverse for layer in reversed(list(self))))
@@ -142,19 +176,45 @@ class InvertibleChain(Invertible):
 
 
 def pull_back(
-    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
 ) -> Sequence[Tensor | None]:
-    """Gradients of the inputs; None for one that no output depends on."""
+    """Gradients of the inputs; None for one that no output depends on, or that has none.
+
+    Raises:
+        RuntimeError: outputs depend on other leaves too.
+    """
+    check_sources(outputs, inputs)
     flowing = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
-    if not flowing:
-        return [None] * len(inputs)
-    results, grads = zip(*flowing, strict=True)
-    return torch.autograd.grad(results, inputs, grads, allow_unused=True)
+    wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
+    found: list[Tensor | None] = [None] * len(inputs)
+    if flowing and wanted:
+        results, grads = zip(*flowing, strict=True)
+        of = [inputs[i] for i in wanted]
+        pulled = torch.autograd.grad(
+            results, of, grads, allow_unused=True, create_graph=create_graph
+        )
+        for i, grad in zip(wanted, pulled, strict=True):
+            found[i] = grad
+    return found
 
 
 def zero_log_det(x: Tensor) -> Tensor:
     """(B,) zeros, float32 (float64 for float64 x)."""
     return x.new_zeros(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation look on, which know no custom backward."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _batched(tensor: Tensor) -> bool:
+    # `is_grads_batched` makes the latter
+    return is_batchedtensor(tensor) or is_legacy_batchedtensor(tensor)
 
 
 def _run(x: Tensor, steps: Iterable[Callable[[Tensor], Any]]) -> tuple[Tensor, Tensor]:
@@ -167,15 +227,19 @@ def _run(x: Tensor, steps: Iterable[Callable[[Tensor], Any]]) -> tuple[Tensor, T
 
 # torch.compiler.disable would import Dynamo, and Triton with it, as soon as fastgen is imported.
 @torch._disable_dynamo
-def _apply_reversible(chain: InvertibleChain, x: Tensor, *parameters: Tensor) -> Any:
-    return _Reversible.apply(chain, x, *parameters)
+def _apply_reversible(
+    chain: InvertibleChain, frozen: Sequence[Tensor], x: Tensor, learned: Sequence[Tensor]
+) -> Any:
+    return _Reversible.apply(chain, frozen, x, *learned)
 
 
 class _Reversible(Function):
-    """The whole chain as one node of the graph; saves the last output, anchors and memories."""
+    """The whole chain as one node of the graph; saves its ends, anchors and memories."""
 
     @staticmethod
-    def forward(ctx: Any, chain: InvertibleChain, x: Tensor, *parameters: Tensor) -> Any:
+    def forward(
+        ctx: Any, chain: InvertibleChain, frozen: Sequence[Tensor], x: Tensor, *learned: Tensor
+    ) -> Any:
         device = x.device.type
         ctx.autocast = {
             "device_type": device,
@@ -184,40 +248,79 @@ class _Reversible(Function):
             # later layers would take the cast of a weight from here, which has no graph
             "cache_enabled": False,
         }
-        ctx.chain, ctx.parameters = chain, parameters
-        y, total, kept, counts = x, zero_log_det(x), [], []
-        with torch.autocast(**ctx.autocast):
+        ctx.learned, ctx.frozen = learned, frozen
+        ctx.scenes, ctx.kept = [], []
+        y, total, kept = x, zero_log_det(x), []
+        with torch.autocast(**ctx.autocast), uncached():
             for i, layer in enumerate(chain):
-                if i and i % chain.anchor_every == 0:
-                    kept.append(y)
+                anchor = [y] if i and i % chain.anchor_every == 0 else []
+                scene = Scene(f"layers.{i}", layer, x.device)
                 y, log_det, memory = layer.remember(y)
+                scene.close()
                 total = total + log_det
-                kept.extend(memory)
-                counts.append(len(memory))
-        ctx.counts = counts
+                kept += [*anchor, *memory]
+                ctx.scenes.append(scene)
+                ctx.kept.append((len(anchor), len(memory)))
         # the parameters too, so that one changed before backward is an error
-        ctx.save_for_backward(y, *kept, *parameters)
+        ctx.save_for_backward(x, y, *kept, *learned, *frozen)
         return y, total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> Any:
-        y, *kept = ctx.saved_tensors
-        del kept[len(kept) - len(ctx.parameters) :]
-        sums = _Sums(ctx.parameters)
-        layers = list(ctx.chain)
-        with torch.autocast(**ctx.autocast):
-            for i in reversed(range(len(layers))):
-                first = len(kept) - ctx.counts[i]
-                memory = tuple(kept[first:])
-                del kept[first:]
-                own = [p for p in layers[i].parameters() if p in sums]
-                y, grad_y, grads = layers[i].unwind(y, memory, (grad_y, grad_log_det), own)
-                sums.add(own, grads)
-                if i and i % ctx.chain.anchor_every == 0:
-                    y = kept.pop()
-        grad_x = grad_y if ctx.needs_input_grad[1] else None
-        return None, grad_x, *sums.results()
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        x, y, *saved = ctx.saved_tensors
+        kept = []
+        for counts in ctx.kept:
+            anchor, memory = (tuple(saved.pop(0) for _ in range(count)) for count in counts)
+            kept.append((anchor, memory))
+        with torch.autocast(**ctx.autocast), uncached():
+            if torch.is_grad_enabled() or any(map(_batched, cotangents)):
+                grads = _pull_back_at_once(ctx, x, [memory for _, memory in kept], cotangents)
+            else:
+                grads = _pull_back_by_layers(ctx, y, kept, cotangents)
+        return None, None, grads[0] if ctx.needs_input_grad[2] else None, *grads[1:]
+
+
+def _pull_back_by_layers(
+    ctx: Any, y: Tensor, kept: list[tuple[Memory, Memory]], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of x and what is learned, with one layer's activations in memory at a time."""
+    sums = _Sums(ctx.learned)
+    # Of the parameters themselves, hooks would run here and again where the sums arrive.
+    stand_ins = {id(t): t.detach() for t in (*ctx.frozen, *ctx.learned)}
+    for learned in ctx.learned:
+        stand_ins[id(learned)].requires_grad_()
+    grad_y, grad_log_det = cotangents
+    while kept:
+        anchor, memory = kept.pop()
+        scene = ctx.scenes[len(kept)]
+        own = [t for t in scene.tensors if t in sums]
+        wanted = [stand_ins[id(t)] for t in own]
+        with scene.again(stand_ins):
+            y, grad_y, grads = scene.layer.unwind(y, memory, (grad_y, grad_log_det), wanted)
+        sums.add(own, grads)
+        y = anchor[0] if anchor else y
+    return [grad_y, *sums.results()]
+
+
+def _pull_back_at_once(
+    ctx: Any, x: Tensor, memories: list[Memory], cotangents: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """The same as functions of x, of what is learned and of the cotangents, to be differentiated
+    again, or for batched cotangents, which would not fit into the memory of the sums: the chain
+    with its graph, all layers in memory."""
+    with_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        stand_ins = {id(t): t.view_as(t) for t in ctx.learned}
+        inputs = [x.view_as(x) if x.requires_grad else x, *(stand_ins[id(t)] for t in ctx.learned)]
+        stand_ins |= {id(t): t.detach() for t in ctx.frozen}
+        y, total = inputs[0], zero_log_det(x)
+        for scene, memory in zip(ctx.scenes, memories, strict=True):
+            with scene.again(stand_ins):
+                outputs = scene.layer.replay(y, memory)
+                check_sources(outputs, (y, *stand_ins.values()))
+            y, log_det = outputs
+            total = total + log_det
+    return pull_back((y, total), cotangents, inputs, create_graph=with_graph)
 
 
 class _Sums:
