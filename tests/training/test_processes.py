@@ -1,4 +1,4 @@
-"""Two processes on the halves of a batch train as one process does on the whole."""
+"""Processes that train together stop and go on together; what they train is in test_recipes.py."""
 
 import os
 import subprocess
@@ -14,7 +14,6 @@ from fastgen.training.checkpoint import list_checkpoints, load_checkpoint
 OPTIONS = [
     "--autoencoder.steps=12",
     "--prior.steps=12",
-    "--prior_model.dropout=0",
     "--model.kmeans_init=false",
     "--model.revive_after=null",
     "--engine.cpu=true",
@@ -37,72 +36,6 @@ def train(processes: int, folder, *options: str, program=("-m", "fastgen.cli")) 
     done = launch(processes, *options, program=program)
     assert done.returncode == 0, done.stderr
     return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
-
-
-def assert_alike(one: dict, two: dict, rtol: float, atol: float) -> None:
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=rtol, atol=atol, msg=name)
-
-
-FLOW_OPTIONS = [
-    "--data=moons",
-    "--model.layers=4",
-    "--model.hidden=16",
-    "--model.reversible=true",
-    "--flow.steps=8",
-    "--flow.batch_size=64",
-    "--flow.optimizer.warmup_steps=2",
-    "--engine.ema_decay=null",
-    "--engine.cpu=true",
-    "--engine.accumulate=2",
-]
-
-
-@pytest.mark.slow
-def test_two_processes_train_a_reversible_flow_as_one_does(tmp_path):
-    """The chain's gradients come from one node of the graph, and are summed over processes."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    whole = train(1, one, "realnvp", *FLOW_OPTIONS, f"--run_dir={one}")
-    halves = train(2, two, "realnvp", *FLOW_OPTIONS, f"--run_dir={two}")
-    start = tmp_path / "start"
-    first = train(1, start, "realnvp", *FLOW_OPTIONS, "--flow.steps=1", f"--run_dir={start}")
-    moved = []
-    for name, value in whole["model"]["flow"].items():
-        torch.testing.assert_close(halves["model"]["flow"][name], value, rtol=1e-3, atol=1e-5)
-        moved.append((value - first["model"]["flow"][name]).abs().max())
-    # the first layers hardly move: the last ones start from zero
-    assert max(moved) > 1e-3
-
-
-CODEBOOKS = {
-    "ema": [],
-    "gradient": ["--model.codebook=gradient"],
-    "residual": ["--model.quantizers=2"],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("codebook", CODEBOOKS)
-def test_two_processes_equal_one(tmp_path, codebook):
-    """Gradients by AdamW's moments, which are linear in them and not, as its steps, blind to their
-    scale; weights, codebooks and their statistics."""
-    options = [*OPTIONS, *CODEBOOKS[codebook], "--engine.keep_checkpoints=9"]
-    runs = [tmp_path / "one", tmp_path / "two"]
-    for processes, run in enumerate(runs, 1):
-        train(processes, run, "vqvae", *options, f"--run_dir={run}")
-    for step, stage in ((5, "autoencoder"), (12, "autoencoder"), (24, "prior")):
-        one, two = (load_checkpoint(run / f"checkpoints/step-{step:08d}") for run in runs)
-        assert len(two["rng"]["torch"]) == 2
-        moments = [
-            {i: state["exp_avg"] for i, state in s["optimizers"][stage]["state"].items()}
-            for s in (one, two)
-        ]
-        largest = max(float(value.abs().max()) for value in moments[0].values())
-        assert largest > 1e-4
-        assert_alike(*moments, rtol=1e-3, atol=1e-3 * largest)
-        for module, weights in one["model"].items():
-            assert_alike(weights, two["model"][module], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -146,33 +79,3 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint(tmp_path):
     assert errors.count("stopped by SIGTERM after step") == 2, errors
     (path,) = list_checkpoints(run / "checkpoints")
     assert load_checkpoint(path)["progress"]["steps_done"] % 10 == 0
-
-
-STYLEGAN_OPTIONS = [
-    "--data=digits",
-    "--model.channel_base=64",
-    "--model.channel_max=8",
-    "--model.latent_dim=8",
-    "--growth.steps=[3,6]",
-    "--growth.batch_size=[16]",
-    "--objective.penalty_every=2",
-    "--engine.cpu=true",
-    "--engine.checkpoint_every=3",
-    "--engine.log_every=1",
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["nonsaturating-r1", "wgan-gp"])
-def test_two_processes_train_a_stylegan_alike(tmp_path, loss):
-    """Each draws latents of its own, so that no single process trains as they do; but both have the
-    same weights after every step, with and without a penalty."""
-    folder = tmp_path / "two"
-    options = [*STYLEGAN_OPTIONS, f"--objective.loss={loss}", f"--run_dir={folder}"]
-    program = (str(Path(__file__).with_name("ranks_agree.py")),)
-    sections = train(2, folder, "stylegan", *options, program=program)
-    for state in sections["model"].values():
-        assert all(value.isfinite().all() for value in state.values())
-    assert sections["progress"]["steps_done"] == 6
-    first, second = sections["rng"]["torch"]
-    assert not torch.equal(first, second)

@@ -160,18 +160,6 @@ def test_reversible_mode_trains_the_same(tmp_path, data):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_accumulation_trains_the_same(tmp_path):
-    options = [*SMALL, "--flow.steps=10", "--flow.batch_size=64", "--engine.log_every=1"]
-    found = [
-        [
-            line["nll"]
-            for line in lines(train(tmp_path / n, *options, f"--engine.accumulate={n}"), "train")
-        ]
-        for n in ("1", "4")
-    ]
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     (

@@ -146,34 +146,6 @@ def test_the_learning_rate_has_its_course_before_and_with_the_importance_weights
     assert max(rates[:200]) == max(rates[200:]) == expected.lr
 
 
-def test_warm_up_goes_on_after_a_kill(tmp_path, monkeypatch):
-    """An interrupted run ends with the weights of one that was not."""
-    from fastgen.training import checkpoint as ckpt
-    from fastgen.training.runs import resume_run
-    from fastgen.training.stage_run import StageRun
-
-    config = options("--vae.steps=20", "--objective.beta_warmup_steps=15")
-    config = replace(config, engine=replace(config.engine, checkpoint_every=5))
-    whole = start_run("vae", config, tmp_path / "whole")
-    step = StageRun.step
-
-    def stopping(self):
-        if self.steps_done == 12:
-            raise KeyboardInterrupt
-        step(self)
-
-    monkeypatch.setattr(StageRun, "step", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        start_run("vae", config, tmp_path / "killed")
-    monkeypatch.setattr(StageRun, "step", step)
-    killed = resume_run(tmp_path / "killed")
-    first, second = (
-        ckpt.load_checkpoint(r.checkpoints / "step-00000020")["model"]["vae"]
-        for r in (whole, killed)
-    )
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-
-
 def test_grey_pixels_are_drawn_anew_in_training_and_once_for_the_test():
     grey = ImageSplit(torch.full((40, 1, 4, 4), 0.5))
     dataset = ImageDataset("grey", grey, grey, grey)
