@@ -154,7 +154,7 @@ class Op:
         return {n: i.reason_against_device(device) for n, i in self.implementations.items()}
 
     def _insist(self, name: str, args: tuple) -> str:
-        implementation = self.implementations.get(name)
+        implementation = self.implementations.get(name) if isinstance(name, str) else None
         if implementation is None:
             known = ", ".join(self.implementations)
             raise ValueError(f"backend: {self.name} has {known}; got {name!r}")
@@ -216,9 +216,7 @@ def reset_calls() -> None:
     _calls.clear()
 
 
-def _parse(choice: str | Mapping[str, str] | None) -> dict[str, str]:
-    if choice is None:
-        return {}
+def _parse(choice: str | Mapping[str, str]) -> dict[str, str]:
     if not isinstance(choice, str | Mapping):
         raise TypeError(
             f"choice: expected a backend name, a mapping or None, got {type(choice).__name__}"
@@ -254,8 +252,11 @@ class use_backend:
     def __init__(self, choice: str | Mapping[str, str] | None) -> None:
         global _override
         self._previous = _override
+        if choice is None:
+            _override = {}
+            return
         parsed = _parse(choice)
-        _override = {**_override, **parsed} if parsed and _ALL not in parsed else parsed
+        _override = parsed if _ALL in parsed else {**_override, **parsed}
 
     def __enter__(self) -> use_backend:
         return self

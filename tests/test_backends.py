@@ -101,6 +101,16 @@ def test_mapping_inside_a_choice_for_all(double):
         assert double.select((x,)) == "reference"
 
 
+def test_an_empty_mapping_changes_nothing(double):
+    x = torch.ones(2)
+    with fastgen.use_backend("reference"), fastgen.use_backend({"double": "cpu"}):
+        with fastgen.use_backend({}):
+            assert (which(), double.select((x,))) == ("reference", "cpu")
+        fastgen.use_backend({})
+        assert (which(), double.select((x,))) == ("reference", "cpu")
+    assert which() == "cpu"
+
+
 def test_restored_after_an_exception():
     with pytest.raises(KeyError), fastgen.use_backend("reference"):
         raise KeyError
