@@ -33,6 +33,7 @@ does, so it never overlaps with it.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,12 +60,12 @@ def make_key(seed: int, offset: int = 0, *, device: torch.device | str | None = 
         int64 (2,).
 
     Raises:
-        ValueError: `seed` or `offset` out of range.
+        TypeError: `seed` or `offset` is not an int.
+        ValueError: one is out of range.
     """
     words = []
     for value, name in ((seed, "seed"), (offset, "offset")):
-        if not -(2**63) <= value < 2**64:
-            raise ValueError(f"{name}: expected a number in [-2^63, 2^64), got {value}")
+        _check_int(value, name, -(2**63), 2**64, "[-2^63, 2^64)")
         words.append(value - 2**64 if value >= 2**63 else value)
     return torch.tensor(words, dtype=torch.int64, device=device)
 
@@ -83,12 +84,12 @@ def derive_key(seed: int, *data: int, device: torch.device | str | None = None) 
         int64 (2,).
 
     Raises:
-        ValueError: a number out of range.
+        TypeError: a number that is no int.
+        ValueError: one out of range.
     """
     seed, offset = make_key(seed).tolist()
     for value in data:
-        if not 0 <= value < 2**63:
-            raise ValueError(f"data: expected numbers in [0, 2^63), got {value}")
+        _check_int(value, "data", 0, 2**63, "[0, 2^63)")
         seed, offset = _fold((seed, offset), value)
     words = [word - 2**64 if word >= 2**63 else word for word in (seed, offset)]
     key = torch.tensor(words, dtype=torch.int64)
@@ -107,7 +108,11 @@ def draw_key(
 
     Returns:
         int64 (2,).
+
+    Raises:
+        TypeError: `generator` is not a torch.Generator.
     """
+    check_generator(generator)
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
@@ -118,7 +123,10 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
     Args:
         key: int64 (2,).
-        data: a number in [0, 2^63), or an int64 tensor (...) of such.
+        data: a number in [0, 2^63), or an int64 tensor (...) of such on the device of `key`.
+            Negative numbers in a tensor raise where that takes no waiting: on a CPU, outside
+            torch.func and torch.compile. Elsewhere they get other keys, whose noise is independent
+            of that of `key` too.
 
     Returns:
         int64 (2,), or (..., 2) for a tensor.
@@ -132,13 +140,13 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     """
     check_key(key)
     if isinstance(data, Tensor):
-        if data.dtype != torch.int64:
-            raise TypeError(f"data: expected an int or int64, got {data.dtype}")
-    elif not 0 <= data < 2**63:
-        raise ValueError(f"data: expected a number in [0, 2^63), got {data}")
+        _check_data(data, key)
     else:
+        _check_int(data, "data", 0, 2**63, "[0, 2^63)")
         data = torch.tensor(data, device=key.device)
-    return torch.stack(_fold((key[0], key[1].expand(data.shape)), data), -1)
+    # One dimension at least: vmap over no slices cannot add a number to a scalar.
+    data = data.unsqueeze(-1)
+    return torch.cat(_fold((key[:1], key[1:].expand(data.shape)), data), -1)
 
 
 def skip_blocks(key: Tensor, count: int | Tensor) -> Tensor:
@@ -158,6 +166,19 @@ def skip_blocks(key: Tensor, count: int | Tensor) -> Tensor:
     return torch.stack((key[0], key[1] + count))
 
 
+def _check_data(data: Tensor, key: Tensor) -> None:
+    """Raises where `data` is no tensor for :func:`fold_in`."""
+    if data.dtype != torch.int64:
+        raise TypeError(f"data: expected an int or int64, got {data.dtype}")
+    _check_dense(data, "data")
+    if data.device != key.device:
+        raise ValueError(f"data: expected the device of key, {key.device}, got {data.device}")
+    # Of other types are those that have no values, such as FakeTensor.
+    readable = data.is_cpu and type(data) is Tensor and not torch.compiler.is_compiling()
+    if readable and not torch._C._are_functorch_transforms_active() and (data < 0).any():
+        raise ValueError(f"data: expected numbers in [0, 2^63), got {int(data.min())}")
+
+
 def philox_words(key: Tensor, count: int) -> Tensor:
     """The first `count` words of the stream, in plain PyTorch.
 
@@ -169,12 +190,13 @@ def philox_words(key: Tensor, count: int) -> Tensor:
         int64 (count,), values in [0, 2^32).
 
     Raises:
-        TypeError, ValueError: `key` is not a key.
+        TypeError, ValueError: `key` is not a key, `count` not an int of at least zero.
     """
     check_key(key)
-    counter = key[1] + torch.arange((count + 3) // 4, device=key.device)
+    _check_int(count, "count", 0, 2**63, "[0, 2^63)")
+    counter = key[1:] + torch.arange((count + 3) // 4, device=key.device)
     zero = torch.zeros_like(counter)
-    words = _philox((*_split(counter), zero, zero), _split(key[0]))
+    words = _philox((*_split(counter), zero, zero), _split(key[:1]))
     return torch.stack(words, -1).flatten()[:count]
 
 
@@ -204,16 +226,40 @@ def check_key(key: object, name: str = "key", device: torch.device | None = None
         raise TypeError(
             f"{name}: expected dtype int64, got {str(key.dtype).removeprefix('torch.')}"
         )
+    _check_dense(key, name)
     if key.shape != (2,):
         raise ValueError(f"{name}: expected shape (2,), [seed, offset], got {tuple(key.shape)}")
     if device is not None and key.device != device:
         raise ValueError(f"{name}: expected the device of the input, {device}, got {key.device}")
 
 
+def check_generator(generator: object) -> None:
+    """Raises TypeError unless `generator` is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is an int, of Python, NumPy or a compiler."""
+    return isinstance(value, (int, torch.SymInt, numbers.Integral)) and not isinstance(value, bool)
+
+
+def _check_int(value: Any, name: str, least: int, end: int, interval: str) -> None:
+    if not is_whole(value):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not least <= value < end:
+        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
+
+
+def _check_dense(value: Tensor, name: str) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected a dense Tensor, got layout {value.layout}")
+
+
 def _fold(key: tuple[Any, Any], data: Any) -> tuple[Any, Any]:
     """`fold_in` for the words of a key and `data`, ints or int64 tensors."""
-    # The noise has third and fourth counter words zero; data + 1 is never zero.
-    w = _philox((*_split(key[1]), *_split(data + 1)), _split(key[0]))
+    # The noise has third and fourth counter words zero, which this never is.
+    w = _philox((*_split(key[1]), *_split(data + (data >= 0))), _split(key[0]))
     return w[0] | (w[1] << 32), w[2] | (w[3] << 32)
 
 

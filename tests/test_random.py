@@ -153,7 +153,7 @@ def test_derived_keys_are_folded(seed):
     assert torch.equal(random.derive_key(seed, 3, 2**62), folded)
     assert torch.equal(random.derive_key(seed), random.make_key(seed))
     for bad in (-1, 2**63):
-        with pytest.raises(ValueError, match=r"data: expected numbers in \[0, 2\^63\), got"):
+        with pytest.raises(ValueError, match=r"data: expected a number in \[0, 2\^63\), got"):
             random.derive_key(seed, 0, bad)
 
 
@@ -175,10 +175,74 @@ def test_bad_keys_are_named():
             function(torch.zeros(2))
         with pytest.raises(ValueError, match=r"key: expected shape \(2,\), .* got \(3,\)"):
             function(torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="data: expected .* got -1"):
-        random.fold_in(random.make_key(0), -1)
-    with pytest.raises(TypeError, match="data: expected an int or int64, got torch.int32"):
-        random.fold_in(random.make_key(0), torch.zeros(2, dtype=torch.int32))
+        with pytest.raises(TypeError, match="key: expected a dense Tensor, got .*sparse"):
+            function(torch.ones(2, dtype=torch.int64).to_sparse())
+
+
+@pytest.mark.parametrize(
+    "data, error, message",
+    (
+        (-1, ValueError, r"data: expected a number in \[0, 2\^63\), got -1"),
+        (2**63, ValueError, r"data: expected a number in \[0, 2\^63\), got 9223372036854775808"),
+        (1.5, TypeError, "data: expected an int, got float"),
+        (True, TypeError, "data: expected an int, got bool"),
+        ("1", TypeError, "data: expected an int, got str"),
+        ([1], TypeError, "data: expected an int, got list"),
+        (torch.tensor(-1), ValueError, r"data: expected numbers in \[0, 2\^63\), got -1"),
+        (torch.tensor([3, -7]), ValueError, r"data: expected numbers in \[0, 2\^63\), got -7"),
+        (torch.ones(2), TypeError, "data: expected an int or int64, got torch.float32"),
+        (torch.ones(2).int(), TypeError, "data: expected an int or int64, got torch.int32"),
+        (torch.ones(2).bool(), TypeError, "data: expected an int or int64, got torch.bool"),
+        (torch.ones(2).long().to_sparse(), TypeError, "data: expected a dense Tensor, got .*spars"),
+        (torch.ones(2).long().to("meta"), ValueError, "data: expected the device of key, cpu, got"),
+    ),
+)
+def test_bad_data_is_named(data, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        random.fold_in(random.make_key(0), data)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    (
+        (lambda: random.make_key(1.5), "seed: expected an int, got float"),
+        (lambda: random.make_key("7"), "seed: expected an int, got str"),
+        (lambda: random.make_key(1, None), "offset: expected an int, got NoneType"),
+        (lambda: random.draw_key(generator=7), "generator: expected a torch.Generator, got int"),
+        (lambda: random.philox_words(random.make_key(1), 2.0), "count: expected an int, got float"),
+        (lambda: ops.normal(random.make_key(1), 5), "size: expected a sequence of ints, got int"),
+        (lambda: ops.normal(random.make_key(1), "5"), "size: expected a sequence of ints, got str"),
+        (
+            lambda: ops.normal(random.make_key(1), (2, 1.5)),
+            r"size: expected a sequence of ints, got \(2, 1.5\)",
+        ),
+        (
+            lambda: ops.reparam_kl(torch.ones(2, 3), torch.ones(2, 3), generator=7),
+            "generator: expected a torch.Generator, got int",
+        ),
+    ),
+)
+def test_wrong_types_are_named(function, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        function()
+
+
+def test_no_data_gives_the_noise_of_the_key_itself():
+    """Where a negative number cannot be refused, its key is still apart from the noise."""
+    key, data = random.make_key(5, 9), torch.tensor([-1, -2, 0, 1, 2**63 - 1])
+    folded = torch.vmap(lambda d: random.fold_in(key, d))(data)
+    assert torch.equal(folded[2:], random.fold_in(key, data[2:]))
+    words = random.philox_words(key, 4)
+    own = torch.stack((words[0] | words[1] << 32, words[2] | words[3] << 32))
+    every = torch.cat((folded, own[None]))
+    assert len(every.unique(dim=0)) == len(every)
+
+
+def test_numbers_of_numpy_are_numbers():
+    key = random.make_key(np.int64(3), np.uint8(4))
+    assert torch.equal(key, random.make_key(3, 4))
+    assert torch.equal(random.fold_in(key, np.int64(2)), random.fold_in(key, 2))
+    assert ops.normal(key, [np.int64(3), 2]).shape == (3, 2)
 
 
 # --- Box-Muller, scalar ------------------------------------------------------------------------

@@ -67,6 +67,8 @@ class Codebook(nn.Module):
         if revive_after is not None:
             _check.positive_int(revive_after, "revive_after")
         _check.between(revive_threshold, "revive_threshold", 0, 1)
+        if dtype is not None and dtype not in _check.FLOATS:
+            raise TypeError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")
         self.num_codes, self.dim = num_codes, dim
         self.ema, self.metric = codebook == "ema", metric
         self.decay, self.epsilon = decay, epsilon

@@ -28,8 +28,9 @@ class AdaIN(torch.nn.Module):
     Shapes: x (B, C, *spatial), w (B, style_dim); the result is as x, see :func:`fastgen.ops.adain`.
 
     Raises:
-        TypeError: x or w is not a floating tensor.
-        ValueError: x does not have C channels, w is not (B, style_dim).
+        TypeError: a size is not an int, eps not a number; x or w is not a floating tensor.
+        ValueError: one of them is not positive; x does not have C channels, w is not
+            (B, style_dim).
     """
 
     def __init__(
@@ -41,6 +42,9 @@ class AdaIN(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check.positive_int(style_dim, "style_dim")
+        _check.positive_int(num_features, "num_features")
+        _check.positive(eps, "eps")
         self.style_dim = style_dim
         self.num_features = num_features
         self.eps = eps

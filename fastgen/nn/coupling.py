@@ -27,6 +27,8 @@ class _Coupling(Invertible):
 
     def __init__(self, conditioner: nn.Module, numbers_each: int, swap: bool) -> None:
         super().__init__()
+        if not callable(conditioner):
+            raise TypeError(f"conditioner: expected a module, got {type(conditioner).__name__}")
         self.conditioner = conditioner
         self.numbers_each = numbers_each
         self.swap = swap
@@ -47,6 +49,7 @@ class _Coupling(Invertible):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The half that is kept and the half that is moved."""
+        _check.is_tensor(x, "x")
         if x.dim() < 2 or x.shape[1] < 2:
             raise ValueError(
                 f"x: expected (B, C, *spatial) with at least 2 channels, got {tuple(x.shape)}"
@@ -117,9 +120,10 @@ class AffineCoupling(_Coupling):
     State dict: that of the conditioner, under "conditioner.".
 
     Raises:
-        TypeError, ValueError: unknown `scale`, `scale_factor` not positive, `min_scale` negative or
-            with a scale that has no floor; at the call, x with fewer than 2 dimensions or channels,
-            or a conditioner whose output has the wrong shape.
+        TypeError, ValueError: `conditioner` not callable, unknown `scale`, `scale_factor` not
+            positive, `min_scale` negative or with a scale that has no floor; at the call, x no
+            tensor or with fewer than 2 dimensions or channels, or a conditioner whose output has
+            the wrong shape.
     """
 
     def __init__(
@@ -175,8 +179,9 @@ class RQSplineCoupling(_Coupling):
     State dict: that of the conditioner, under "conditioner.".
 
     Raises:
-        TypeError, ValueError: `num_bins` or `tail_bound` is not positive; at the call, x with fewer
-            than 2 dimensions or channels, or a conditioner whose output has the wrong shape.
+        TypeError, ValueError: `conditioner` not callable, `num_bins` or `tail_bound` is not
+            positive; at the call, x no tensor or with fewer than 2 dimensions or channels, or a
+            conditioner whose output has the wrong shape.
     """
 
     def __init__(

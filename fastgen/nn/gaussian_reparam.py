@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import ops
+from fastgen.ops import _check
 
 __all__ = ["GaussianReparam"]
 
@@ -26,6 +27,9 @@ class GaussianReparam(nn.Module):
         dim: dimension along which a single argument holds mean and log-variance; not the batch.
         mean_in_eval: return the mean as z in evaluation.
 
+    Raises:
+        TypeError, ValueError: `dim` is not an int, or the batch.
+
     Example:
         >>> z, kl = GaussianReparam()(encoder(x))
         >>> loss = nll(decoder(z), x).flatten(1).sum(1).add(kl).mean()
@@ -33,6 +37,7 @@ class GaussianReparam(nn.Module):
 
     def __init__(self, dim: int = 1, *, mean_in_eval: bool = False) -> None:
         super().__init__()
+        _check.integer(dim, "dim")
         if dim == 0:
             raise ValueError("dim: expected another dimension than the batch, got 0")
         self.dim = dim
@@ -62,6 +67,7 @@ class GaussianReparam(nn.Module):
         Raises:
             TypeError, ValueError: as :func:`fastgen.ops.reparam_kl`; or the size of `dim` is odd.
         """
+        _check.floating(mu, "mu")
         if logvar is None:
             mu, logvar = self._halves(mu)
         if self.mean_in_eval and not self.training:

@@ -86,7 +86,7 @@ class ResidualVQ(nn.Module):
             loss: scalar, at least float32, the sum over stages.
 
         Raises:
-            TypeError: x is not a floating tensor, mask not a bool one.
+            TypeError: x is not a floating tensor, mask not a bool one, `num_stages` not an int.
             ValueError: a shape does not fit, or `num_stages` is not in 1..Q.
         """
         check_input(x, self.dim, self.channel_first)
@@ -170,6 +170,7 @@ class ResidualVQ(nn.Module):
 
     def _stages(self, count: int | None = None, name: str = "num_stages") -> list[Codebook]:
         count = self.num_quantizers if count is None else count
+        _check.integer(count, name)
         if not 1 <= count <= self.num_quantizers:
             raise ValueError(f"{name}: expected 1 to {self.num_quantizers} stages, got {count}")
         return cast(list[Codebook], list(self.quantizers)[:count])

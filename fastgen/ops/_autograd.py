@@ -18,6 +18,8 @@ from torch._C._functorch import (
 )
 from torch.autograd import Function, forward_ad
 
+from fastgen.ops._check import FLOATS
+
 
 class Fused(Function):
     """An autograd.Function that torch.func and torch.compile can take in any order.
@@ -134,6 +136,7 @@ def autocast_promote(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The "promote" autocast policy: under autocast, mixed dtypes become the widest of them.
 
     Outside autocast nothing is cast, and mixed dtypes are an error of the caller. None stays None.
+    Nor is anything cast where one is not floating, which the caller then names.
     """
     first, *others = tensors
     if not isinstance(first, Tensor):
@@ -145,6 +148,8 @@ def autocast_promote(*tensors: Tensor | None) -> tuple[Any, ...]:
         if not isinstance(t, Tensor):
             return tensors
         if t.dtype != widest:
+            if t.dtype not in FLOATS or widest not in FLOATS:
+                return tensors
             widest, mixed = torch.promote_types(widest, t.dtype), True
     if not mixed or not under_autocast(first.device):
         return tensors

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DENSE = torch.strided
 
 
 def is_tensor(value: Any, name: str) -> None:
-    """Raises TypeError unless `value` is a tensor."""
+    """Raises TypeError unless `value` is a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.layout is not DENSE or value.is_nested:
+        layout = str(value.layout).removeprefix("torch.").strip("_")
+        kind = "a nested one" if value.is_nested else f"one of layout {layout}"
+        raise TypeError(f"{name}: expected a dense Tensor, got {kind}")
 
 
 def floating(value: Any, name: str) -> None:
@@ -64,33 +69,31 @@ def shape(value: Tensor, name: str, expected: tuple[int, ...], meaning: str) -> 
 
 def like(value: Any, name: str, other: Tensor, other_name: str) -> None:
     """Raises unless `value` is a tensor with the dtype, device and shape of `other`."""
-    if (
-        not isinstance(value, Tensor)
-        or value.dtype != other.dtype
-        or value.device != other.device
-        or value.shape != other.shape
-    ):
-        matches(value, name, other, other_name)
-        shape(value, name, other.shape, f"that of {other_name}")
+    matches(value, name, other, other_name)
+    shape(value, name, other.shape, f"that of {other_name}")
 
 
 def alike(first: Any, *others: Any) -> bool:
-    """Whether all are floating tensors of one dtype, device and shape.
+    """Whether all are dense floating tensors of one dtype, device and shape.
 
     That is how ops whose arguments are alike are called, mostly: one look, where naming what is
     wrong takes several.
     """
-    if not isinstance(first, Tensor) or first.dtype not in FLOATS:
+    if not isinstance(first, Tensor) or first.dtype not in FLOATS or first.layout is not DENSE:
         return False
-    dtype, device, shape = first.dtype, first.device, first.shape
-    for value in others:
-        if (
-            not isinstance(value, Tensor)
-            or value.dtype != dtype
-            or value.device != device
-            or value.shape != shape
-        ):
-            return False
+    try:
+        dtype, device, shape = first.dtype, first.device, first.shape
+        for value in others:
+            if (
+                not isinstance(value, Tensor)
+                or value.dtype != dtype
+                or value.device != device
+                or value.layout is not DENSE
+                or value.shape != shape
+            ):
+                return False
+    except RuntimeError:  # Nested tensors have no shape.
+        return False
     return True
 
 
@@ -102,7 +105,7 @@ def rank(value: Tensor, name: str, least: int, meaning: str, most: int | None = 
 
 def one_of(value: Any, name: str, allowed: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of the strings `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
@@ -120,6 +123,12 @@ def non_negative(value: Any, name: str) -> None:
         raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def integer(value: Any, name: str) -> None:
+    """Raises TypeError unless `value` is an int."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
 def positive_int(value: Any, name: str) -> None:

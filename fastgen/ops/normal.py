@@ -45,11 +45,15 @@ def normal_reference(key: Tensor, size: Sequence[int], dtype: torch.dtype) -> Te
     return random.normal_reference(key, size, dtype)
 
 
-def _prepare(key: Any, size: Sequence[int], *, dtype: torch.dtype = torch.float32) -> tuple:
+def _prepare(key: Any, size: Any, *, dtype: torch.dtype = torch.float32) -> tuple:
     random.check_key(key)
+    if not isinstance(size, (tuple, list)):
+        raise TypeError(f"size: expected a sequence of ints, got {type(size).__name__}")
     if dtype not in _check.FLOATS:
         raise TypeError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")
     for n in size:
+        if not random.is_whole(n):
+            raise TypeError(f"size: expected a sequence of ints, got {tuple(size)}")
         if n < 0:
             raise ValueError(f"size: expected no negative entries, got {tuple(size)}")
     return key, tuple(size), dtype
@@ -72,7 +76,7 @@ def normal(
 
     Args:
         key: int64 (2,), from `fastgen.random`.
-        size: shape of the result.
+        size: shape of the result, a tuple or list.
         dtype: float32, float64, float16 or bfloat16.
         backend: force "cuda", "cpu" or "reference".
 
@@ -80,7 +84,8 @@ def normal(
         `size`, `dtype`.
 
     Raises:
-        TypeError: `key` is not an int64 tensor; `dtype` is not one of those above.
+        TypeError: `key` is not an int64 tensor; `size` is not a tuple or list of ints; `dtype` is
+            not one of those above.
         ValueError: `key` has another shape than (2,); negative `size`; unknown `backend`.
     """
     return _OP(_prepare(key, size, dtype=dtype), backend)

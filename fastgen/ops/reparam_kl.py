@@ -176,6 +176,7 @@ def _prepare(
         raise ValueError("noise: expected at most one of noise, key and generator, got several")
     if key is not None:
         random.check_key(key, device=mu.device)
+    random.check_generator(generator)
     return mu, logvar, noise, key, generator
 
 
