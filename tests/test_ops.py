@@ -1,6 +1,8 @@
 """The generated suite: every check x every row of fastgen.testing.CASES x every usable backend."""
 
 import contextlib
+import functools
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from fastgen.testing import (
     assert_matches_reference,
     backends_here,
     gradients,
+    outputs,
     relayouts,
     run,
 )
@@ -287,27 +290,178 @@ def test_forward_mode(case, device, backend):
     )
 
 
-@each([row for row in FUSED if row[0].vmap])
-def test_vmap(case, device, backend):
-    """A vmapped op equals the op on each slice, and so do its gradients."""
-    samples = [case.sample(case.grad_shape, torch.float64, device, seed=s) for s in range(3)]
-    stacked = [torch.stack([s.args[i] for s in samples]) for i in case.vmap]
+class Slices:
+    """Four samples of a row, stacked, and the op as a function of one slice of each argument."""
 
-    def function(*batched):
-        args = list(samples[0].args)
-        for i, value in zip(case.vmap, batched, strict=True):
+    def __init__(self, case, device, backend):
+        samples = [case.sample(case.grad_shape, torch.float64, device, seed=s) for s in range(4)]
+        self.case, self.backend, self.first = case, backend, samples[0]
+        self.stacked = [torch.stack([s.args[i] for s in samples]) for i in case.vmap]
+        self.wanted = tuple(n for n, i in enumerate(case.vmap) if i in case.grad)
+
+    def function(self, *slices):
+        args = list(self.first.args)
+        for i, value in zip(self.case.vmap, slices, strict=True):
             args[i] = value
-        return run(case, Sample(tuple(args), samples[0].kwargs), backend)
+        return run(self.case, Sample(tuple(args), self.first.kwargs), self.backend)
 
-    def loss(*batched):
-        return sum(r.square().sum() for r in function(*batched) if r.is_floating_point())
+    def loss(self, *slices, function=None):
+        results = (function or self.function)(*slices)
+        return sum(r.square().sum() for r in results if r.is_floating_point())
 
-    looped = [function(*(s[n] for s in stacked)) for n in range(3)]
-    for i, actual in enumerate(torch.func.vmap(function)(*stacked)):
-        torch.testing.assert_close(actual, torch.stack([results[i] for results in looped]))
-    if case.grad and case.vmap[0] in case.grad:
-        per_slice = torch.stack([torch.func.grad(loss)(*(s[n] for s in stacked)) for n in range(3)])
-        torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(*stacked), per_slice)
+    def total(self, *stacked):
+        """The loss of all slices, by vmap."""
+        return self.loss(*stacked, function=torch.vmap(self.function))
+
+    def nested(self, *stacked):
+        """As `total`, by vmap in vmap over 2 x 2 slices."""
+        split = [s.unflatten(0, (2, 2)) for s in stacked]
+        return self.loss(*split, function=torch.vmap(torch.vmap(self.function), 1, 1))
+
+    def one_by_one(self, function):
+        """The results of `function`, a tensor or several, for each slice alone, stacked."""
+        results = [outputs(function(*(s[n] for s in self.stacked))) for n in range(4)]
+        return tuple(map(torch.stack, zip(*results, strict=True)))
+
+    def leaves(self, tensors):
+        return [t.clone().requires_grad_(n in self.wanted) for n, t in enumerate(tensors)]
+
+    def gradient(self, loss, tensors, create_graph=False):
+        """By autograd, without torch.func."""
+        leaves = tensors if create_graph else self.leaves(tensors)
+        wanted = [leaves[n] for n in self.wanted]
+        return torch.autograd.grad(loss(*leaves), wanted, create_graph=create_graph)
+
+    def second(self, loss, tensors):
+        """By autograd, the gradient of the squared norm of the gradient."""
+        return self.gradient(
+            lambda *leaves: norm_of(self.gradient(loss, leaves, create_graph=True)), tensors
+        )
+
+
+def norm_of(gradient):
+    return sum(g.square().sum() for g in gradient)
+
+
+def assert_all_close(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+VMAPPED = [row for row in ALL if row[0].vmap]
+VMAPPED_GRADIENTS = [row for row in VMAPPED if set(row[0].vmap) & set(row[0].grad)]
+
+
+@each(VMAPPED)
+def test_vmap(case, device, backend):
+    """A vmapped op equals the op on each slice, whatever the dimension and in vmap too."""
+    slices = Slices(case, device, backend)
+    expected = slices.one_by_one(slices.function)
+    assert_all_close(torch.vmap(slices.function)(*slices.stacked), expected)
+    last = [s.movedim(0, -1) for s in slices.stacked]
+    assert_all_close(torch.vmap(slices.function, -1)(*last), expected)
+    split = [s.unflatten(0, (2, 2)) for s in slices.stacked]
+    nested = torch.vmap(torch.vmap(slices.function), 1, 1)(*split)
+    assert_all_close([r.flatten(0, 1) for r in nested], expected)
+
+
+# PyTorch's index_add itself has no vmap over no slices.
+@each([row for row in VMAPPED if (row[0].op, row[2]) != ("vq_codebook_stats", "reference")])
+def test_vmap_over_no_slices(case, device, backend):
+    slices = Slices(case, device, backend)
+    none = [s[:0] for s in slices.stacked]
+    for one, actual in zip(
+        slices.function(*(s[0] for s in slices.stacked)),
+        torch.vmap(slices.function)(*none),
+        strict=True,
+    ):
+        assert (actual.shape, actual.dtype) == ((0, *one.shape), one.dtype)
+    if slices.wanted:
+        for n, gradient in zip(slices.wanted, slices.gradient(slices.total, none), strict=True):
+            assert gradient.shape == none[n].shape
+
+
+@each(VMAPPED_GRADIENTS)
+def test_gradients_through_vmap(case, device, backend):
+    """In every order of vmap and gradient they are those of each slice alone."""
+    slices = Slices(case, device, backend)
+    stacked, wanted = slices.stacked, slices.wanted
+    expected = slices.one_by_one(lambda *s: slices.gradient(slices.loss, s))
+    assert all(g.any() for g in expected)
+    for loss in slices.total, slices.nested:
+        assert_all_close(slices.gradient(loss, stacked), expected)
+        assert_all_close(torch.func.grad(loss, wanted)(*stacked), expected)
+    assert_all_close(torch.vmap(torch.func.grad(slices.loss, wanted))(*stacked), expected)
+
+    def vmapped(*leaves):
+        results = torch.vmap(slices.function)(*leaves)
+        return torch.cat([r.flatten() for r in results if r.is_floating_point()])
+
+    jacobian = torch.func.jacrev(vmapped, wanted)(*stacked)
+    results = vmapped(*stacked)
+    assert_all_close([torch.tensordot(2 * results, j, 1) for j in jacobian], expected)
+
+
+@each([row for row in VMAPPED_GRADIENTS if len(row[0].vmap) > 1])
+def test_gradients_of_what_slices_share(case, device, backend):
+    """An argument outside the batch, as the parameters of a model: the sum over the slices."""
+    slices = Slices(case, device, backend)
+    for shared in slices.wanted:
+        tensors = list(slices.stacked)
+        tensors[shared] = tensors[shared][:1].expand_as(tensors[shared])
+        every = slices.gradient(slices.total, tensors)[slices.wanted.index(shared)]
+        tensors[shared] = tensors[shared][0]
+        in_dims = tuple(None if n == shared else 0 for n in range(len(tensors)))
+        function = torch.vmap(slices.function, in_dims)
+        loss = functools.partial(slices.loss, function=function)
+        for gradient in (
+            slices.gradient(loss, tensors)[slices.wanted.index(shared)],
+            torch.func.grad(loss, shared)(*tensors),
+        ):
+            torch.testing.assert_close(gradient, every.sum(0))
+
+
+@each(VMAPPED_GRADIENTS)
+def test_second_order_through_vmap(case, device, backend):
+    slices = Slices(case, device, backend)
+    stacked, wanted = slices.stacked, slices.wanted
+
+    def penalty(loss):
+        return lambda *leaves: norm_of(torch.func.grad(loss, wanted)(*leaves))
+
+    expected = slices.one_by_one(lambda *s: slices.second(slices.loss, s))
+    assert all(g.any() for g in expected)
+    for loss in slices.total, slices.nested:
+        assert_all_close(slices.second(loss, stacked), expected)
+        assert_all_close(torch.func.grad(penalty(loss), wanted)(*stacked), expected)
+    each_slice = torch.func.grad(penalty(slices.loss), wanted)
+    assert_all_close(torch.vmap(each_slice)(*stacked), expected)
+
+    def penalties(*leaves):
+        return torch.vmap(penalty(slices.loss))(*leaves).sum()
+
+    assert_all_close(torch.func.grad(penalties, wanted)(*stacked), expected)
+    assert_all_close(slices.gradient(penalties, stacked), expected)
+
+
+@each([row for row in VMAPPED_GRADIENTS if row[2] != "reference"])
+def test_gradients_through_vmap_in_compiled_code(case, device, backend):
+    """Traced whole: vmap in vmap for autograd, and torch.func's gradient between the two."""
+    torch._dynamo.reset()
+    slices = Slices(case, device, backend)
+    split = [s.unflatten(0, (2, 2)) for s in slices.stacked]
+
+    def function(leaves):
+        between = torch.vmap(torch.func.grad(slices.total, slices.wanted))(*split)
+        return slices.nested(*leaves), between
+
+    leaves = slices.leaves(slices.stacked)
+    loss, between = torch.compile(function, fullgraph=True, backend="aot_eager")(leaves)
+    recorded = torch.autograd.grad(loss, [leaves[n] for n in slices.wanted])
+    torch.testing.assert_close(loss, slices.one_by_one(slices.loss)[0].sum())
+    expected = slices.one_by_one(lambda *s: slices.gradient(slices.loss, s))
+    assert_all_close(recorded, expected)
+    assert_all_close([g.flatten(0, 1) for g in between], expected)
 
 
 @each([row for row in ALL if len(row[0].grad) > 1])
@@ -383,6 +537,38 @@ def test_bad_arguments_are_named(case):
                 function(*replaced(value.to("meta")), **sample.kwargs)
     with pytest.raises(ValueError, match="backend: .* has .*; got 'gpu'"):
         function(*sample.args, **sample.kwargs, backend="gpu")
+
+
+def unusual(value):
+    """Tensors of the dtypes and layouts that no op takes, with the elements of `value`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield value.to(torch.float8_e4m3fn)
+        yield value.to_sparse()
+        yield torch.nested.nested_tensor([value, value])
+        yield torch.nested.nested_tensor([value[None], value[None]], layout=torch.jagged)
+        if value.dim() == 2:
+            yield value.to_sparse_csr()
+        if value.dtype == torch.float32:
+            yield value.to_mkldnn()
+            yield torch.quantize_per_tensor(value, 0.1, 0, torch.quint8)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_unusual_tensors_are_named(case):
+    sample = case.sample(case.grad_shape)
+    function = getattr(ops, case.op)
+    given = list(zip(function.__code__.co_varnames, sample.args, strict=False))
+    for name, value in given + list(sample.kwargs.items()):
+        if not isinstance(value, torch.Tensor):
+            continue
+        for new in unusual(value):
+            for autocast in (False, True):
+                with (
+                    torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+                    pytest.raises(TypeError, match=rf"^{name}: expected .*, got "),
+                ):
+                    function(**dict(given) | sample.kwargs | {name: new})
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

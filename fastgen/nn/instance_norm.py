@@ -35,7 +35,8 @@ class _Fused(_InstanceNorm):
         momentum = 0.0 if self.momentum is None else self.momentum
         unbiased = var * (size / (size - 1))
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.lerp_(batch.mean(0).to(running.dtype), momentum)
+            # lerp_ has no vmap.
+            running.mul_(1 - momentum).add_(batch.mean(0).to(running.dtype), alpha=momentum)
 
 
 class InstanceNorm1d(_Fused, torch.nn.InstanceNorm1d):

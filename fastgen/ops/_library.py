@@ -96,12 +96,15 @@ def register_vmap_fold(name: str) -> None:
 
 def fold_vmap(name: str, info: Any, in_dims: tuple, *args: Any) -> tuple:
     """The rule of :func:`register_vmap_fold`."""
+    op = getattr(torch.ops.fastgen, name)
+    if info.batch_size == 0:
+        return _no_slices(op, in_dims, args)
     batched = [
         arg.movedim(dim, 0) if dim is not None else _expand(arg, info.batch_size)
         for arg, dim in zip(args, in_dims, strict=True)
     ]
     flat = [arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in batched]
-    result = getattr(torch.ops.fastgen, name)(*flat)
+    result = op(*flat)
     results = result if isinstance(result, (tuple, list)) else (result,)
     out = tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results)
     return (out, (0,) * len(out)) if isinstance(result, (tuple, list)) else (out[0], 0)
@@ -112,6 +115,8 @@ def register_vmap_loop(name: str) -> None:
     op = getattr(torch.ops.fastgen, name)
 
     def loop(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        if info.batch_size == 0:
+            return _no_slices(op, in_dims, args)
         slices = [
             op(
                 *(
@@ -127,6 +132,21 @@ def register_vmap_loop(name: str) -> None:
         return out, (0,) * len(out)
 
     torch.library.register_vmap(f"fastgen::{name}", loop, lib=LIBRARY)
+
+
+def _no_slices(op: Callable, in_dims: tuple, args: tuple) -> tuple:
+    """vmap over a dimension of size 0: what `op` gives for a slice of zeros has the shapes."""
+    result = op(
+        *(
+            arg.new_zeros(arg.movedim(dim, 0).shape[1:])
+            if isinstance(arg, Tensor) and dim is not None
+            else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        )
+    )
+    if isinstance(result, Tensor):
+        return result.new_empty((0, *result.shape)), 0
+    return tuple(r.new_empty((0, *r.shape)) for r in result), (0,) * len(result)
 
 
 def _expand(arg: Any, batch: int) -> Any:

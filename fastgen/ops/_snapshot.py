@@ -23,6 +23,13 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def _vmap(info: Any, in_dims: tuple, x: Tensor) -> tuple:
+    return _copy(x), in_dims[0]
+
+
+torch.library.register_vmap("fastgen::snapshot", _vmap, lib=_library.LIBRARY)
+
+
 class _Snapshot(Fused):
     @staticmethod
     def forward(x: Tensor) -> Tensor:

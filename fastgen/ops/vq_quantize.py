@@ -103,10 +103,11 @@ def _straight_through(
         e = e.detach()  # no loss reaches the codebook: its gradient is None, not zeros
     quantized = e.detach().to(x.dtype) + (x - x.detach())
     x = x.to(dtype)
-    to_code = (x.detach() - e).square().sum()
-    to_x = (x - e.detach()).square().sum()
+    # With a dimension: vmap over no slices cannot multiply a scalar by a number.
+    to_code = (x.detach() - e).square().sum().unsqueeze(0)
+    to_x = (x - e.detach()).square().sum().unsqueeze(0)
     loss = (codebook_weight * to_code + commitment_weight * to_x) / max(x.numel(), 1)
-    return quantized, loss
+    return quantized, loss.squeeze(0)
 
 
 def vq_quantize_reference(

@@ -59,6 +59,25 @@ def test_gradients_pass_through_vmap(tensors, compiled):
             torch.testing.assert_close(a, b)
 
 
+def test_second_order_of_a_jacobian(tensors):
+    """The way that the README names: `is_grads_batched` with `create_graph` has none."""
+    _, scale, shift = tensors
+
+    def results(x):
+        return ops.affine_coupling(x, scale, shift)[0].tanh().sum(1)
+
+    x = tensors[0].clone().requires_grad_()
+    rows = [torch.autograd.grad(y, x, create_graph=True)[0] for y in results(x)]
+    (expected,) = torch.autograd.grad(torch.stack(rows).square().sum(), x)
+    jacobian = torch.func.jacrev(results)(x)
+    torch.testing.assert_close(jacobian, torch.stack(rows))
+    (actual,) = torch.autograd.grad(jacobian.square().sum(), x)
+    torch.testing.assert_close(actual, expected)
+    batched, one = results(x), torch.eye(4, dtype=x.dtype)
+    (batched,) = torch.autograd.grad(batched, x, one, is_grads_batched=True)
+    torch.testing.assert_close(batched, jacobian)
+
+
 def test_constants_take_no_part_in_autograd():
     x, codebook = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     for backend in "cpu", "reference":

@@ -1,5 +1,6 @@
 """What normal values must be beyond parity: their distribution, and the same bits everywhere."""
 
+import functools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from scipy import stats
 
 from fastgen import ops, random
+from fastgen.testing import backends_here
 
 N = 2**22
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
@@ -144,3 +146,12 @@ def test_vmap_uses_each_key():
     keys = random.fold_in(random.make_key(4), torch.arange(3))
     values = torch.vmap(lambda key: ops.normal(key, (5,)))(keys)
     assert torch.equal(values, torch.stack([ops.normal(key, (5,)) for key in keys]))
+
+
+def test_vmap_over_no_keys():
+    keys = torch.empty(0, 2, dtype=torch.int64)
+    for backend in backends_here("normal"):
+        function = functools.partial(ops.normal, size=(5, 2), dtype=torch.half, backend=backend)
+        values = torch.vmap(function)(keys)
+        assert (values.shape, values.dtype) == ((0, 5, 2), torch.half)
+    assert torch.vmap(lambda key: torch.ops.fastgen.philox_words(key, 3))(keys).shape == (0, 3)
