@@ -99,6 +99,7 @@ class StyleGANGenerator(nn.Module):
 
     Attributes:
         w_mean: (D,), running mean of w, the centre of truncation.
+        w_count: (), int64, the batches that it is of; the first ones are forgotten faster.
         growth: (2,), level and alpha to draw with by default; `grow` sets them.
 
     Raises:
@@ -106,6 +107,7 @@ class StyleGANGenerator(nn.Module):
     """
 
     w_mean: Tensor
+    w_count: Tensor
     growth: Tensor
 
     def __init__(
@@ -134,6 +136,7 @@ class StyleGANGenerator(nn.Module):
             EqualConv2d(width, image_channels, 1, gain=1.0) for width in widths
         )
         self.register_buffer("w_mean", torch.zeros(latent_dim))
+        self.register_buffer("w_count", torch.tensor(0))
         self.register_buffer("growth", torch.tensor([float(self.top), 1.0]))
 
     def grow(self, level: int, alpha: float) -> None:
@@ -210,7 +213,9 @@ class StyleGANGenerator(nn.Module):
     @torch.no_grad()
     def _follow(self, w: Tensor) -> None:
         mean = _ranks.mean(w.mean(0).to(self.w_mean.dtype))
-        self.w_mean.lerp_(mean, 1 - _W_MEAN_DECAY)
+        decay = ((1 + self.w_count) / (10 + self.w_count)).clamp(max=_W_MEAN_DECAY)
+        self.w_mean.lerp_(mean, (1 - decay).to(mean.dtype))
+        self.w_count.add_(1)
 
     @staticmethod
     def mix(ws: Tensor, others: Tensor, crossover: Tensor) -> Tensor:

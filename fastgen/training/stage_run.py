@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from fastgen.data import BatchLoader
 from fastgen.random import derive_key
@@ -60,7 +60,13 @@ class StageRun:
     def _start_averages(self) -> dict[str, AveragedModel]:
         if self.config.ema_decay is None:
             return {}
-        average = get_ema_multi_avg_fn(self.config.ema_decay)
+        decay = self.config.ema_decay
+
+        def average(averages: Any, weights: Any, _: object) -> None:
+            # the count that torch gives is on the device, which would have to be waited for
+            before = self.steps_done - 1
+            torch._foreach_lerp_(averages, weights, 1 - warmed_up(decay, before))
+
         wanted = self.stage.averaged
         return {
             name: AveragedModel(module, multi_avg_fn=average)
@@ -198,6 +204,11 @@ class StageRun:
         self._summed_steps = progress["summed_steps"]
         if self.accelerator.scaler is not None and progress["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
+
+
+def warmed_up(decay: float, count: int) -> float:
+    """The decay of an average of `count` values so far: lower at first, to forget the start."""
+    return min(decay, (1 + count) / (10 + count))
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

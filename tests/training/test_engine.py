@@ -150,8 +150,9 @@ def test_averaged_weights_are_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr(StageRun, "step", recorded)
     engine.train()
     expected = history[0]
-    for weight in history[1:]:
-        expected = 0.9 * expected + 0.1 * weight
+    for n, weight in enumerate(history[1:], 1):
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * weight
     torch.testing.assert_close(engine.task.modules["first"].weight.detach(), expected)
     assert metrics(engine, "valid")[-1]["weight"] == pytest.approx(expected[0, 0].item())
     middle = ckpt.load_checkpoint(engine.run.checkpoints / "step-00000010")
@@ -160,6 +161,16 @@ def test_averaged_weights_are_the_result(tmp_path, monkeypatch):
     assert torch.equal(fresh.modules["first"].weight, history[9])
     load_weights(fresh, middle, averaged=True)
     assert not torch.equal(fresh.modules["first"].weight, history[9])
+
+
+def test_averages_of_a_short_run_are_near_its_weights(tmp_path):
+    """A decay of 0.999 from the start would leave them where they began."""
+    plain, averaged = build(tmp_path / "a"), build(tmp_path / "b", ema_decay=0.999)
+    start = plain.task.modules["first"].weight.detach().clone()
+    plain.train()
+    averaged.train()
+    end, kept = (engine.task.modules["first"].weight.detach() for engine in (plain, averaged))
+    assert (kept - end).norm() < 0.3 * (end - start).norm()
 
 
 @pytest.mark.parametrize("poison_at", [1, 31, 36])
