@@ -188,8 +188,12 @@ def _thread_counts(text: str) -> list[int]:
     return [_positive_int(part) for part in _list(text)]
 
 
-def parser(known: Sequence[str]) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
+def parser(
+    known: Sequence[str], p: argparse.ArgumentParser | None = None
+) -> argparse.ArgumentParser:
+    if p is None:
+        p = argparse.ArgumentParser(prog="python -m benchmarks.run", allow_abbrev=False)
+    p.description = __doc__.split("\n")[0]
     p.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(known)}; default all")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     p.add_argument("--filter", default="", metavar="SIZE", help="only cases whose size contains it")
@@ -262,14 +266,14 @@ def settings(options: argparse.Namespace) -> list[Setting]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point.
+def main(arguments: Sequence[str] | None = None, own: argparse.ArgumentParser | None = None) -> int:
+    """Entry point; `fastgen bench` has a parser of its own.
 
     Returns:
         0; 1 where an op's tests or a case fail; 2 for a bad argument; 130 where it was interrupted.
     """
     known = sorted(backends.ops())
-    p = parser(known)
+    p = parser(known, own)
     options = p.parse_args(arguments)
     refuse = partial(p.exit, 2)
     unknown = [op for op in options.ops if op not in known]

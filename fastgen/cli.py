@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastgen.memory import keep_freed_memory
 
@@ -30,7 +31,7 @@ usage: fastgen COMMAND ...
         [--any.option VALUE]      train in a new run folder
   train --resume RUN [--data-root DIR]
   sample RUN [--num N] [--seed S] [--label L] [--temperature T] [--out PNG]
-  eval RUN [--features RUN|inception] [--evaluation.OPTION=VALUE]
+  eval RUN [--features RUN|inception] [--evaluation.OPTION VALUE]
                                   measures on held-out data; writes RUN/eval.json
   download DATA [--data-root DIR] fetch the files of a data set, with their checksums
   bench [OP]                      time an op against others (in a source checkout)
@@ -44,10 +45,18 @@ class CommandError(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse whose complaints are `CommandError`."""
+    """argparse whose complaints are `CommandError`; no option goes by a part of its name."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message}; see {self.prog} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if status:
+            raise CommandError((message or "").strip())
+        super().exit(status, message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,20 +172,27 @@ def _split_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 @needs_training
 def _sample(arguments: Sequence[str]) -> int:
     from fastgen.training.checkpoint import write_atomic
-    from fastgen.training.images import png_bytes
+    from fastgen.training.images import made_by_fastgen, png_bytes
     from fastgen.training.runs import sample_run
 
     parser = CommandParser(
         "fastgen sample", description="draw images from a trained run as one PNG grid"
     )
     parser.add_argument("run", type=Path)
-    parser.add_argument("--num", type=_positive, default=64, help="images to draw (64)")
+    parser.add_argument("--num", type=int, default=64, help="images to draw (64)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", type=int, help="class to draw; by default all in turn")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--data-root", help="where the data is, if it moved")
     parser.add_argument("--out", type=Path, help="PNG file (RUN/samples/sample-seed<S>.png)")
     options = parser.parse_args(arguments)
+    if options.out is not None:
+        if options.out.suffix.lower() != ".png":
+            raise CommandError(f"--out must be the name of a .png file, got {options.out}")
+        if os.path.lexists(options.out) and not made_by_fastgen(options.out):
+            raise CommandError(
+                f"{options.out} exists and is no picture of fastgen's; give another with --out"
+            )
     images = sample_run(
         options.run,
         options.num,
@@ -210,11 +226,9 @@ def _eval(arguments: Sequence[str]) -> int:
         help="run of recipe classifier, or 'inception' (torchvision's): compare samples with test "
         "images",
     )
-    parser.add_argument("--num", type=_positive, default=10_000, help="samples for that (10000)")
-    options, overrides = parser.parse_known_args(arguments)
-    strange = [argument for argument in overrides if not argument.startswith("--evaluation.")]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    parser.add_argument("--num", type=int, default=10_000, help="samples for that (10000)")
+    arguments, overrides = _split_overrides(arguments)
+    options = parser.parse_args(arguments)
     measures = evaluate_run(
         options.run,
         options.data_root,
@@ -227,6 +241,24 @@ def _eval(arguments: Sequence[str]) -> int:
         cells = (values.get(name) for values in measures.values())
         print(f"{name:24}" + "".join(f"{'' if c is None else f'{c:.5g}':>12}" for c in cells))
     return 0
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(other arguments, those for the recipe as --evaluation.OPTION=VALUE)."""
+    others: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--evaluation."):
+            others.append(argument)
+            continue
+        if "=" not in argument:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise CommandError(f"argument {argument}: expected one argument")
+            argument = f"{argument}={value}"
+        overrides.append(argument)
+    return others, overrides
 
 
 def _download(arguments: Sequence[str]) -> int:
@@ -253,19 +285,14 @@ def _bench(arguments: Sequence[str]) -> int:
             "the benchmarks are in the source checkout alone; run fastgen bench from there"
         )
     sys.path.insert(0, str(checkout))
-    return int(importlib.import_module("benchmarks.run").main(list(arguments)) or 0)
+    benchmarks = importlib.import_module("benchmarks.run")
+    return int(benchmarks.main(list(arguments), CommandParser("fastgen bench")) or 0)
 
 
 def _info(arguments: Sequence[str]) -> int:
     from fastgen.info import main as print_info
 
-    return print_info(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
+    return print_info(arguments, CommandParser("fastgen info"))
 
 
 _COMMANDS = {

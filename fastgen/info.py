@@ -191,10 +191,14 @@ def _cells(states: dict[str, str | None], notes: dict[str, int]) -> Iterator[str
             yield f"no [{notes.setdefault(reason, len(notes) + 1)}]".ljust(12)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m fastgen.info`; returns the exit status: 1 if something is
-    broken."""
-    parser = argparse.ArgumentParser(prog="python -m fastgen.info", description=__doc__)
+def main(
+    arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
+) -> int:
+    """Entry point of `python -m fastgen.info`, and with a parser of its own of `fastgen info`;
+    returns the exit status: 1 if something is broken."""
+    if parser is None:
+        parser = argparse.ArgumentParser(prog="python -m fastgen.info", allow_abbrev=False)
+    parser.description = __doc__
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(arguments)
     info = collect()

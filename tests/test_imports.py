@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: The parts of the package, lowest first; a module may import from its own line and those above it.
 LAYERS = (
-    ("_build", "backends", "memory", "random", "kernels"),
+    ("_build", "_interrupt", "backends", "memory", "random", "kernels"),
     ("ops",),
     ("nn",),
     ("losses", "data", "metrics"),

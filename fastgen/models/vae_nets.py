@@ -73,7 +73,7 @@ def convolutional(
         ValueError: a side that the halvings do not divide, or a width below 16.
     """
     image_channels, height, rows = image_shape
-    if height % 2**layers or rows % 2**layers:
+    if layers < 1 or height % 2**layers or rows % 2**layers:
         raise ValueError(
             f"layers must halve the sides of a {height}x{rows} image evenly, got {layers}"
         )

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastgen.training.ranges import BelowOne, Count, Options, Range, Seed, Share, Steps
+
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Options):
     """Options common to all recipes.
 
     Args:
@@ -24,8 +26,9 @@ class EngineConfig:
         mixed_precision: autocast dtype of the forward pass.
         accumulate: parts that a batch is cut into, to save memory; gradients add up.
         max_grad_norm: clip the gradient's norm; null for none.
-        ema_decay: average the weights with this decay a step, and validate, draw and sample with
-            the averages; null for none.
+        ema_decay: average the weights with this decay a step, at the start of a stage with less,
+            (1 + n) / (10 + n) after n steps, and validate, draw and sample with the averages; null
+            for none.
         compile: pass the networks through torch.compile.
         log_every: steps between lines of training metrics.
         valid_every: steps between validations.
@@ -34,38 +37,23 @@ class EngineConfig:
         keep_checkpoints: how many checkpoints to keep, the newest ones.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     init_from: str | None = None
     cpu: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    accumulate: int = 1
-    max_grad_norm: float | None = None
-    ema_decay: float | None = None
+    accumulate: Count = 1
+    max_grad_norm: Annotated[float, Range(0, 10**9, above=True)] | None = None
+    ema_decay: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     compile: bool = False
-    log_every: int = 50
-    valid_every: int = 250
-    sample_every: int = 1000
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-
-    def __post_init__(self) -> None:
-        names = (
-            "accumulate",
-            "log_every",
-            "valid_every",
-            "sample_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        )
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"engine.{name} must be at least 1, got {getattr(self, name)}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"engine.ema_decay must be in (0, 1), got {self.ema_decay}")
+    log_every: Count = 50
+    valid_every: Count = 250
+    sample_every: Count = 1000
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 2
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Options):
     """AdamW with a linear warm-up and a cosine decay.
 
     Args:
@@ -76,11 +64,19 @@ class OptimizerConfig:
         final_lr: learning rate at the end, as a share of the peak.
     """
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    final_lr: float = 0.05
+    lr: Annotated[float, Range(0, 100, above=True)] = 1e-3
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
+    weight_decay: Annotated[float, Range(0, 100)] = 0.0
+    warmup_steps: Steps = 100
+    final_lr: Share = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr * self.weight_decay > 1:
+            raise ValueError(
+                "lr times weight_decay must be at most 1, or a step turns the weights' signs, got "
+                f"{self.lr} and {self.weight_decay}"
+            )
 
     def build(self, modules: Iterable[nn.Module]) -> Optimizer:
         """The optimiser over the modules' trainable parameters."""
@@ -103,7 +99,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class StageConfig:
+class StageConfig(Options):
     """Length, batch and optimiser of a stage.
 
     Args:
@@ -112,6 +108,6 @@ class StageConfig:
         optimizer: the optimiser.
     """
 
-    steps: int = 1000
-    batch_size: int = 128
+    steps: Steps = 1000
+    batch_size: Count = 128
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fastgen.training.errors import RunError
+from fastgen.training.ranges import check_ranges, describe, field_types
 from fastgen.training.tasks import RECIPES, Recipe
+
+_KEY = re.compile(r'Parser key "([\w.]+)"')
 
 
 @dataclasses.dataclass
@@ -41,13 +45,13 @@ def parse_train_options(recipe: str, arguments: Sequence[str]) -> TrainOptions:
     Later sources win: defaults, the data set's preset, the file of `--config`, other arguments.
 
     Raises:
-        RunError: an unknown option or a value of the wrong kind.
+        RunError: an unknown option, or a value of the wrong kind or out of range.
     """
     parser = _parser(recipe)
     arguments = [_underscored(argument) for argument in arguments]
-    data = _parse(parser, arguments).data
+    data = _parse(parser, recipe, arguments).data
     parser.set_defaults(find_recipe(recipe).presets.get(data, {}))
-    parsed = _parse(parser, arguments)
+    parsed = _parse(parser, recipe, arguments)
     run_dir = None if parsed.run_dir is None else Path(parsed.run_dir)
     return TrainOptions(recipe, _instantiate(parser, recipe, parsed), run_dir)
 
@@ -62,7 +66,7 @@ def config_from_dict(values: dict[str, Any]) -> tuple[str, Any]:
     """The inverse of `config_to_dict`: (recipe, config).
 
     Raises:
-        RunError: an unknown recipe or option, or a value of the wrong kind.
+        RunError: an unknown recipe or option, or a value of the wrong kind or out of range.
     """
     recipe = values.get("recipe")
     find_recipe(recipe)
@@ -71,7 +75,7 @@ def config_from_dict(values: dict[str, Any]) -> tuple[str, Any]:
     try:
         parsed = parser.parse_object(values)
     except (ArgumentError, TypeError, KeyError) as error:
-        raise RunError(_one_line(error)) from error
+        raise _refusal(recipe, error) from error
     return recipe, _instantiate(parser, recipe, parsed)
 
 
@@ -81,7 +85,9 @@ def train_help(recipe: str) -> str:
 
 
 def _parser(recipe: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"fastgen train {recipe}", exit_on_error=False, add_help=False)
+    parser = ArgumentParser(
+        prog=f"fastgen train {recipe}", exit_on_error=False, add_help=False, allow_abbrev=False
+    )
     parser.add_argument(
         "--config", action="config", help="YAML file of options, such as RUN/config.yaml"
     )
@@ -92,20 +98,22 @@ def _parser(recipe: str) -> ArgumentParser:
     return parser
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+def _parse(parser: ArgumentParser, recipe: str, arguments: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(arguments)
     except (ArgumentError, argparse.ArgumentError, TypeError, KeyError, OSError) as error:
-        raise RunError(_one_line(error)) from error
+        raise _refusal(recipe, error) from error
 
 
 def _instantiate(parser: ArgumentParser, recipe: str, parsed: Namespace) -> Any:
-    names = {field.name for field in dataclasses.fields(find_recipe(recipe).config)}
+    kind = find_recipe(recipe).config
     try:
+        # before the parts are made: they would not know their names in the whole
+        check_ranges(kind, vars(parsed))
         built = parser.instantiate(parsed)
-        return find_recipe(recipe).config(**{name: built[name] for name in names})
+        return kind(**{name: built[name] for name in field_types(kind)})
     except (ValueError, TypeError) as error:
-        raise RunError(_one_line(error)) from error
+        raise _refusal(recipe, error) from error
 
 
 def _underscored(argument: str) -> str:
@@ -121,6 +129,20 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _one_line(error: Exception) -> str:
+def _refusal(recipe: str, error: Exception) -> RunError:
+    """One line; where the parser names an option of the recipe, what it must be and what came."""
     text = " ".join(str(error).split())
-    return f"{text}; see fastgen train --help"
+    found = _KEY.search(text)
+    hint = None if found is None else _option_type(find_recipe(recipe).config, found[1])
+    _, came, value = text.rpartition("value:")
+    if found is not None and hint is not None and came:
+        text = f"{found[1]} must be {describe(hint)}, got {value.strip()!r}"
+    return RunError(f"{text}; see fastgen train {recipe} --help")
+
+
+def _option_type(kind: type, name: str) -> Any:
+    """The type of the option `name`, as "engine.seed"; None where there is none of that name."""
+    found: Any = kind
+    for part in name.split("."):
+        found = field_types(found).get(part) if isinstance(found, type) else None
+    return found

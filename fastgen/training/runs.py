@@ -31,6 +31,7 @@ from fastgen.training.options import (
     parse_train_options,
 )
 from fastgen.training.processes import make_accelerator
+from fastgen.training.ranges import Label, Num, Seed, Temperature, check_number
 from fastgen.training.rng import seed_all
 from fastgen.training.run_folder import RunFolder
 from fastgen.training.tasks.base import Task
@@ -123,6 +124,8 @@ def sample_run(
     Raises:
         RunError: numbers out of range, and as `load_run`.
     """
+    _check_numbers(num=(Num, num), seed=(Seed, seed), temperature=(Temperature, temperature))
+    _check_numbers(label=(Label | None, label))
     task = load_run(path, data_root)
     device = _device(task)
     generator = torch.Generator(device).manual_seed(seed)
@@ -157,6 +160,7 @@ def evaluate_run(
     Raises:
         RunError: as `load_run`, or eval.json cannot be written.
     """
+    _check_numbers(num=(Num, num))
     task = load_run(path, data_root, overrides)
     measures = task.evaluate()
     if features is not None:
@@ -212,6 +216,15 @@ def sample_quality(
     except ValueError as error:
         raise RunError(str(error)) from error
     return {"frechet_distance": frechet_distance(real, fake), **prdc._asdict()}
+
+
+def _check_numbers(**given: tuple[Any, Any]) -> None:
+    """Name -> (its type with a range, what came)."""
+    try:
+        for name, (hint, value) in given.items():
+            check_number(name, hint, value)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def _device(task: Task) -> torch.device:

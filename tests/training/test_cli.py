@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
+import fastgen
 from fastgen.cli import main
 from fastgen.training import checkpoint as ckpt
 from fastgen.training.options import config_from_dict, config_to_dict, parse_train_options
@@ -110,9 +113,15 @@ def test_hyphens_and_presets(tmp_path):
         (["train", "vqvae", "--model.num_codes", "0"], "num_codes"),
         (["train", "vqvae", "--prior_model.width", "7"], "width a multiple of heads"),
         (["train", "vqvae", "--prior.batch_size", "9999"], "prior.batch_size must be in [1, 1439]"),
-        (["train", "vqvae", "--autoencoder.steps", "-1"], "autoencoder.steps must not be negative"),
+        (
+            ["train", "vqvae", "--autoencoder.steps", "-1"],
+            "autoencoder.steps must be an integer in [0, ",
+        ),
         (["train", "vqvae", "--engine.accumulate", "3"], "multiple of engine.accumulate"),
-        (["train", "vqvae", "--engine.log_every", "0"], "engine.log_every must be at least 1"),
+        (
+            ["train", "vqvae", "--engine.log_every", "0"],
+            "engine.log_every must be an integer in",
+        ),
         (
             ["train", "vqvae", "--data", "cats"],
             "data set 'cats' is not known; known: digits, mnist",
@@ -123,13 +132,38 @@ def test_hyphens_and_presets(tmp_path):
         (["train", "--resume", "nowhere"], "is not a run folder: it has no config.yaml"),
         (["sample"], "required: run"),
         (["sample", "nowhere"], "is not a run folder"),
-        (["sample", "nowhere", "--num", "0"], "must be a positive integer, got '0'"),
+        (["sample", "nowhere", "--num", "0"], "num must be an integer in [1, 1000000], got 0"),
         (["eval", "nowhere"], "is not a run folder"),
         (["eval", "nowhere", "--fast"], "unrecognized arguments: --fast"),
+        (
+            ["eval", "nowhere", "--evaluation.samples"],
+            "--evaluation.samples: expected one argument",
+        ),
+        (["eval", "nowhere", "--evaluation.samples", "--num", "3"], "expected one argument"),
+        (["train", "vqvae", "--model.num", "3"], "unrecognized arguments: --model.num 3"),
+        (["train", "vqvae", "--engine.log=3"], "unrecognized arguments: --engine.log=3"),
+        (["train", "--resume", "x", "--data-r", "y"], "unrecognized arguments: --data-r"),
+        (["train", "--res", "x"], "needs a recipe first"),
+        (["sample", "x", "--nu", "3"], "unrecognized arguments: --nu 3; see fastgen sample --help"),
+        (["eval", "x", "--feat", "y"], "unrecognized arguments: --feat y; see fastgen eval --help"),
+        (["download", "mnist", "--data-r", "y"], "unrecognized arguments: --data-r y"),
+        (["info", "--js"], "unrecognized arguments: --js; see fastgen info --help"),
+        (["bench", "--qui"], "unrecognized arguments: --qui; see fastgen bench --help"),
+        (["bench", "adian"], "unknown op 'adian'"),
+        (["sample", "x", "--out", "x.jpg"], "--out must be the name of a .png file, got x.jpg"),
+        (["sample", "x", "--out", ""], "--out must be the name of a .png file"),
     ],
 )
 def test_bad_requests(refused, arguments, message):
     assert message in refused(*arguments)
+
+
+@pytest.mark.parametrize("options", [["--model.colour", "3"], ["--engine.seed", "x"], ["--data"]])
+def test_a_bad_option_points_to_the_page_that_lists_the_options(refused, capsys, options):
+    line = refused("train", "vae", *options)
+    assert line.endswith("; see fastgen train vae --help\n")
+    assert main(["train", "vae", "--help"]) == 0
+    assert "--engine.seed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["model: {colour: 3}", "a: [", "- 1", "recipe: other", "\0"])
@@ -196,6 +230,69 @@ def test_sampling_what_there_is_not(refused, run_copy):
     assert "cannot write" in line and "--out" in line
 
 
+def test_a_picture_replaces_pictures_of_fastgen_alone(refused, run_copy):
+    """Nothing of the run, no folder, and no picture that something else made."""
+    arguments = ["sample", run_copy, "--num", "1", "--out"]
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints"):
+        assert "must be the name of a .png file" in refused(*arguments, run_copy / name)
+    other = run_copy / "other.png"
+    Image.new("L", (4, 4)).save(other)
+    (run_copy / "folder.png").mkdir()
+    (run_copy / "text.PNG").write_text("all I have")
+    (run_copy / "lost.png").symlink_to("nowhere")
+    os.mkfifo(run_copy / "pipe.png")
+    for name in ("other.png", "folder.png", "text.PNG", "lost.png", "pipe.png"):
+        assert "is no picture of fastgen's" in refused(*arguments, run_copy / name)
+    (run_copy / "pipe.png").unlink()
+    own = run_copy / "own.png"
+    for _ in range(2):
+        assert main([*map(str, arguments), str(own)]) == 0
+    drawn = next((run_copy / "samples").glob("*.png"))
+    assert main([*map(str, arguments), str(drawn)]) == 0
+    assert drawn.read_bytes() == own.read_bytes()
+
+
+def test_options_of_the_evaluation_with_a_space(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--vae.steps=1", "--model.width=16", "--engine.cpu=true", "--run-dir=run"]
+    assert main(["train", "vae", *short]) == 0
+    for arguments in (["--evaluation.samples", "5", "run"], ["run", "--evaluation.samples=5"]):
+        assert main(["eval", *arguments, "--evaluation.images", "20"]) == 0
+        assert json.loads(Path("run/eval.json").read_text())["test"]["samples"] == 5
+
+
+@pytest.mark.parametrize("module", ["torch", "accelerate"])
+@pytest.mark.parametrize("program", ["fastgen.cli", "fastgen.demo"])
+def test_an_interrupt_while_importing_is_one_line(tmp_path, module, program):
+    """The first is imported with fastgen itself, before its `main`."""
+    (tmp_path / module).mkdir()
+    interrupt = "import signal; signal.raise_signal(signal.SIGINT)"
+    (tmp_path / module / "__init__.py").write_text(interrupt)
+    path = f"{tmp_path}{os.pathsep}{Path(fastgen.__file__).parents[1]}"
+    done = subprocess.run(
+        [sys.executable, "-m", program, *(["train", "vae"] if program == "fastgen.cli" else [])],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith("fastgen: error: interrupted") and done.stderr.count("\n") == 1
+
+
+def test_an_interrupted_import_in_a_program_of_the_users_is_theirs(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    program = "try:\n    import fastgen\nexcept KeyboardInterrupt:\n    print('mine')"
+    path = f"{tmp_path}{os.pathsep}{Path(fastgen.__file__).parents[1]}"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
+
+
 def test_missing_extras_are_named(refused, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -210,7 +307,7 @@ def test_missing_extras_are_named(refused, monkeypatch):
 
 def test_a_nan_loss_is_one_line_and_status_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = [*SHORT, "--autoencoder.optimizer.lr", "1e30", "--autoencoder.steps", "20"]
+    arguments = [*SHORT, "--autoencoder.optimizer.lr", "100", "--autoencoder.steps", "20"]
     assert main(["train", "vqvae", *arguments, "--autoencoder.optimizer.warmup_steps", "0"]) == 1
     assert "NaN or infinity at step" in capsys.readouterr().err
 

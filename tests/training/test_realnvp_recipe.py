@@ -166,7 +166,7 @@ def test_reversible_mode_trains_the_same(tmp_path, data):
         (["--data=spirals"], "data set 'spirals' is not known"),
         (["--data=digits", "--model.levels=256"], "number of grey values in the data, got 256"),
         (["--data=digits", "--model.scales=4"], "scales must halve the sides of a 8x8 image"),
-        (["--model.layers=0"], "layers: expected a positive int"),
+        (["--model.layers=0"], "model.layers must be an integer in [1, 256], got 0"),
         (["--model.coupling=cubic"], "model.coupling"),
         (["--flow.batch_size=600000"], r"flow.batch_size must be in [1, 500000]"),
     ),

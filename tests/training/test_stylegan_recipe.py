@@ -159,20 +159,20 @@ def test_penalties_left_out_weigh_more(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--objective.gamma=-1"], "objective.gamma must not be negative, got -1"),
-        (["--objective.mixing=2"], "objective.mixing must be in [0, 1], got 2"),
-        (["--objective.penalty_every=0"], "objective.penalty_every must be at least 1"),
+        (["--objective.gamma=-1"], "objective.gamma must be a number in [0, 1000000], got -1"),
+        (["--objective.mixing=2"], "objective.mixing must be a number in [0, 1], got 2"),
+        (["--objective.penalty_every=0"], "objective.penalty_every must be an integer in [1, "),
         (["--objective.loss=hinge"], "objective.loss"),
-        (["--growth.fade=1"], "growth.fade must be in [0, 1), got 1"),
+        (["--growth.fade=1"], "growth.fade must be a number in [0, 1), got 1"),
         (["--growth.steps=[3]"], "growth.steps must be 2 numbers, one for each side from 4 to 8"),
-        (["--growth.steps=[3,-1]"], "8x8.steps must not be negative, got -1"),
+        (["--growth.steps=[3,-1]"], "growth.steps must be a list [...], each an integer in [0, "),
         (["--growth.batch_size=[1,2,3]"], "growth.batch_size must be one number, or 2"),
         (["--growth.batch_size=[6]"], "must be a multiple of model.group_size, got 6 and 4"),
         (["--growth.batch_size=[9996]"], "batch_size must be in [1, 1439], got 9996"),
         (["--growth.start=16"], "growth.start must be at most model.resolution, 8, got 16"),
-        (["--growth.start=3"], "resolution must be a power of two, at least 4, got 3"),
+        (["--growth.start=12"], "resolution must be a power of two, at least 4, got 12"),
         (["--model.resolution=4"], "model.resolution must be at least the side of the images, 8"),
-        (["--model.latent_dim=0"], "expected a positive int, got 0"),
+        (["--model.latent_dim=0"], "model.latent_dim must be an integer in [1, 4096], got 0"),
         (["--engine.compile=true"], "engine.compile must be false: the penalties are of second"),
     ],
 )
@@ -187,7 +187,7 @@ def test_bad_options_stop_before_training(tmp_path, monkeypatch, capsys, argumen
 def test_labels_and_psi_are_checked(run):
     with pytest.raises(RunError, match="this generator has no classes"):
         sample_run(run.path, 2, label=1)
-    with pytest.raises(RunError, match=r"temperature \(psi\) must not be negative, got -1"):
+    with pytest.raises(RunError, match=r"temperature must be a number in \[0, 1000\], got -1"):
         sample_run(run.path, 2, temperature=-1)
 
 

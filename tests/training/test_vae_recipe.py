@@ -167,18 +167,18 @@ def test_grey_pixels_are_drawn_anew_in_training_and_once_for_the_test():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--objective.beta=-1"], "objective.beta must not be negative, got -1"),
-        (["--objective.free_bits=-0.1"], "objective.free_bits must not be negative"),
-        (["--objective.elbo_steps=-1"], "objective.elbo_steps must not be negative"),
-        (["--objective.samples=0"], "objective.samples must be at least 1"),
+        (["--objective.beta=-1"], "objective.beta must be a number in [0, 1000000], got -1"),
+        (["--objective.free_bits=-0.1"], "objective.free_bits must be a number in [0, "),
+        (["--objective.elbo_steps=-1"], "objective.elbo_steps must be an integer in [0, "),
+        (["--objective.samples=0"], "objective.samples must be an integer in [1, "),
         (["--objective.samples=5", "--objective.beta=2"], "importance-weighted bound of 5"),
         (["--objective.samples=5", "--objective.beta_warmup_steps=9"], "end the warm-up within"),
         (["--model.likelihood=poisson"], "model.likelihood"),
         (["--model.likelihood=discretized-logistic"], "must be multiples of 1/255"),
         (["--objective.binarize=no"], "must be 0 or 1 for the Bernoulli likelihood"),
         (["--model.network=conv", "--model.layers=4"], "layers must halve"),
-        (["--model.latent_dim=0"], "latent_dim must be at least 1"),
-        (["--evaluation.samples=0"], "evaluation.samples must be at least 1"),
+        (["--model.latent_dim=0"], "model.latent_dim must be an integer in [1, "),
+        (["--evaluation.samples=0"], "evaluation.samples must be an integer in [1, "),
     ],
 )
 def test_bad_options_stop_before_training(tmp_path, monkeypatch, capsys, arguments, message):

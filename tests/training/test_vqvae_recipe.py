@@ -234,7 +234,7 @@ def test_colour_images_with_several_quantizers(tmp_path, colours, likelihood):
     ("arguments", "message"),
     [
         (["--model.commitment_weight=-0.25"], "commitment_weight"),
-        (["--model.quantizers=0"], "num_quantizers"),
+        (["--model.quantizers=0"], "model.quantizers must be an integer in [1, 256]"),
         (["--model.likelihood=poisson"], "model.likelihood"),
         (["--model.likelihood=bernoulli"], "must be 0 or 1 for the Bernoulli likelihood"),
         (

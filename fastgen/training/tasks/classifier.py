@@ -14,13 +14,14 @@ from fastgen.data import ImageDataset, ImageSplit
 from fastgen.models import Classifier
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
 from fastgen.training.draws import Draws
+from fastgen.training.ranges import BelowOne, Channels, Options, Width
 from fastgen.training.tasks.base import Batch, Nets, PhaseLoss, Stage, Task
 
 _EVAL_BATCH = 500
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Options):
     """The network.
 
     Args:
@@ -29,13 +30,13 @@ class ModelConfig:
         dropout: probability.
     """
 
-    channels: int = 32
-    feature_dim: int = 128
-    dropout: float = 0.3
+    channels: Channels = 32
+    feature_dim: Width = 128
+    dropout: BelowOne = 0.3
 
 
 @dataclass
-class ClassifierConfig:
+class ClassifierConfig(Options):
     """Recipe `classifier`.
 
     Args:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from fastgen.models import ImageRealNVP, RealNVP
 from fastgen.models.realnvp import Flow
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
 from fastgen.training.draws import Draws
+from fastgen.training.ranges import Count, Depth, Levels, MaybeDepth, Options, Range, Width
 from fastgen.training.tasks.base import Batch, Nets, PhaseLoss, Stage, Task
 
 _EVAL_BATCH = 2000
@@ -33,7 +34,7 @@ _PICTURE_SIDE = 200
 
 
 @dataclass
-class FlowConfig:
+class FlowConfig(Options):
     """The flow.
 
     Args:
@@ -52,21 +53,21 @@ class FlowConfig:
     """
 
     coupling: Literal["affine", "spline"] = "spline"
-    layers: int = 6
-    scales: int = 2
-    hidden: int = 64
-    blocks: int = 2
-    num_bins: int = 16
-    tail_bound: float = 3.0
+    layers: Depth = 6
+    scales: Annotated[int, Range(1, 16)] = 2
+    hidden: Width = 64
+    blocks: MaybeDepth = 2
+    num_bins: Annotated[int, Range(1, 1024)] = 16
+    tail_bound: Annotated[float, Range(0, 10**6, above=True)] = 3.0
     batch_norm: bool = False
-    levels: int = 256
-    alpha: float = 0.05
+    levels: Levels = 256
+    alpha: Annotated[float, Range(0, 0.5, above=True, below=True)] = 0.05
     reversible: bool = False
-    anchor_every: int = 16
+    anchor_every: Count = 16
 
 
 @dataclass
-class RealNVPConfig:
+class RealNVPConfig(Options):
     """Recipe `realnvp`.
 
     Args:

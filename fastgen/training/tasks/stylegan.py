@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,17 @@ from fastgen.models import StyleGANDiscriminator, StyleGANGenerator
 from fastgen.models.stylegan import fade_images, level_of, to_unit
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
 from fastgen.training.draws import Draws
+from fastgen.training.ranges import (
+    BelowOne,
+    Channels,
+    Count,
+    MaybeDepth,
+    Options,
+    Range,
+    Share,
+    Steps,
+    Weight,
+)
 from fastgen.training.tasks.base import Batch, Nets, PhaseLoss, Stage, Task
 
 _SEED = 1234
@@ -41,8 +52,11 @@ _AT_ONCE = 100
 _JUDGED_SIDE = 8
 
 
+_Side = Annotated[int, Range(4, 2**12)]
+
+
 @dataclass
-class ModelConfig:
+class ModelConfig(Options):
     """The networks.
 
     Args:
@@ -56,17 +70,17 @@ class ModelConfig:
         group_size: images whose spread the discriminator sees together.
     """
 
-    resolution: int = 32
-    latent_dim: int = 64
-    mapping_layers: int = 4
-    mapping_lr: float = 0.1
-    channel_base: int = 512
-    channel_max: int = 64
-    group_size: int = 4
+    resolution: _Side = 32
+    latent_dim: Channels = 64
+    mapping_layers: MaybeDepth = 4
+    mapping_lr: Annotated[float, Range(0, 100, above=True)] = 0.1
+    channel_base: Annotated[int, Range(1, 2**20)] = 512
+    channel_max: Channels = 64
+    group_size: Count = 4
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Options):
     """What the two networks minimise.
 
     Args:
@@ -81,29 +95,16 @@ class ObjectiveConfig:
     """
 
     loss: Literal["nonsaturating-r1", "wgan-gp"] = "nonsaturating-r1"
-    gamma: float = 0.1
-    penalty: float = 10.0
-    drift: float = 1e-3
-    penalty_every: int = 1
-    mixing: float = 0.5
+    gamma: Weight = 0.1
+    penalty: Weight = 10.0
+    drift: Weight = 1e-3
+    penalty_every: Count = 1
+    mixing: Share = 0.5
     mirror: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("gamma", "penalty", "drift"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"objective.{name} must not be negative, got {getattr(self, name)}"
-                )
-        if not 0 <= self.mixing <= 1:
-            raise ValueError(f"objective.mixing must be in [0, 1], got {self.mixing}")
-        if self.penalty_every < 1:
-            raise ValueError(
-                f"objective.penalty_every must be at least 1, got {self.penalty_every}"
-            )
 
 
 @dataclass
-class GrowthConfig:
+class GrowthConfig(Options):
     """The resolutions, from `start` on, each twice the last.
 
     Args:
@@ -113,18 +114,14 @@ class GrowthConfig:
         fade: part of a resolution's steps in which its layers are faded in.
     """
 
-    start: int = 8
-    steps: list[int] = field(default_factory=lambda: [1500, 2500, 6000])
-    batch_size: list[int] = field(default_factory=lambda: [32])
-    fade: float = 0.3
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fade < 1:
-            raise ValueError(f"growth.fade must be in [0, 1), got {self.fade}")
+    start: _Side = 8
+    steps: list[Steps] = field(default_factory=lambda: [1500, 2500, 6000])
+    batch_size: list[Count] = field(default_factory=lambda: [32])
+    fade: BelowOne = 0.3
 
 
 @dataclass
-class StyleGANConfig:
+class StyleGANConfig(Options):
     """Recipe `stylegan`.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,17 @@ from fastgen.models import VAE
 from fastgen.random import fold_in, make_key
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
 from fastgen.training.draws import Draws
+from fastgen.training.ranges import (
+    BelowOne,
+    Count,
+    Levels,
+    MaybeDepth,
+    Options,
+    Range,
+    Steps,
+    Weight,
+    Width,
+)
 from fastgen.training.tasks.base import Batch, Nets, PhaseLoss, Stage, Task
 
 _EVAL_DECODED = 2000
@@ -33,7 +44,7 @@ _TRAVERSED = 10
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Options):
     """The model.
 
     Args:
@@ -49,19 +60,19 @@ class ModelConfig:
         kl: in closed form, or estimated from the sample.
     """
 
-    latent_dim: int = 50
+    latent_dim: Width = 50
     network: Literal["mlp", "conv"] = "mlp"
-    width: int = 500
-    layers: int = 2
-    dropout: float = 0.0
+    width: Width = 500
+    layers: MaybeDepth = 2
+    dropout: BelowOne = 0.0
     likelihood: Literal["bernoulli", "gaussian", "discretized-logistic"] = "bernoulli"
     scale: Literal["shared", "pixel"] = "shared"
-    levels: int = 256
+    levels: Levels = 256
     kl: Literal["analytic", "mc"] = "analytic"
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Options):
     """What is maximised.
 
     Args:
@@ -76,21 +87,15 @@ class ObjectiveConfig:
             them.
     """
 
-    samples: int = 1
-    elbo_steps: int = 0
-    beta: float = 1.0
-    beta_warmup_steps: int = 0
-    free_bits: float = 0.0
+    samples: Annotated[int, Range(1, 10**5)] = 1
+    elbo_steps: Steps = 0
+    beta: Weight = 1.0
+    beta_warmup_steps: Steps = 0
+    free_bits: Weight = 0.0
     binarize: Literal["dynamic", "no"] = "dynamic"
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"objective.samples must be at least 1, got {self.samples}")
-        for name in ("elbo_steps", "beta", "beta_warmup_steps", "free_bits"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"objective.{name} must not be negative, got {getattr(self, name)}"
-                )
+        super().__post_init__()
         plain = self.beta == 1 and not self.free_bits
         if self.samples > 1 and not (plain and self.beta_warmup_steps <= self.elbo_steps):
             raise ValueError(
@@ -101,7 +106,7 @@ class ObjectiveConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Options):
     """What `fastgen eval` measures.
 
     Args:
@@ -110,19 +115,13 @@ class EvaluationConfig:
         splits: where to measure.
     """
 
-    samples: int = 1000
-    images: int | None = None
+    samples: Annotated[int, Range(1, 10**7)] = 1000
+    images: Count | None = None
     splits: list[Literal["valid", "test"]] = field(default_factory=lambda: ["test"])
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
 
 
 @dataclass
-class VAEConfig:
+class VAEConfig(Options):
     """Recipe `vae`.
 
     Args:
@@ -306,7 +305,7 @@ def bound_measures(model: VAE, split: ImageSplit, samples: int = 1) -> dict[str,
         sums += torch.stack([term.double().sum() for term in terms]).cpu()
         means.append(model.encode(images)[0])
     bound, log_likelihood, kl = (sums / len(split)).tolist()
-    active = int((torch.cat(means).var(0) > _ACTIVE_VARIANCE).sum())
+    active = int((torch.cat(means).var(0, correction=0) > _ACTIVE_VARIANCE).sum())
     return {
         "nll_bound": -bound,
         "reconstruction": -log_likelihood,
@@ -325,7 +324,7 @@ def pictures(model: VAE, images: Tensor) -> dict[str, Tensor]:
     generator = torch.Generator(_device(model)).manual_seed(_EVAL_SEED)
     ends = min(_GRID, len(images))
     lines = model.interpolate(images[:ends], images[-ends:], _GRID)
-    most_active = means.var(0).argsort(descending=True)[:_TRAVERSED]
+    most_active = means.var(0, correction=0).argsort(descending=True)[:_TRAVERSED]
     traversals = model.traverse(images[0], most_active, len(most_active))
     return {
         "reconstructions": pairs.flatten(0, 1).cpu(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,17 @@ from fastgen.losses import check_unit_range
 from fastgen.models import VQVAE, CodePrior
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
 from fastgen.training.draws import Draws
+from fastgen.training.ranges import (
+    BelowOne,
+    Channels,
+    Count,
+    Depth,
+    Levels,
+    MaybeDepth,
+    Options,
+    Range,
+    Weight,
+)
 from fastgen.training.tasks.base import (
     Batch,
     Nets,
@@ -42,7 +53,7 @@ _DRAW_SEED = 1234
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Options):
     """The autoencoder.
 
     Args:
@@ -66,24 +77,24 @@ class ModelConfig:
         revive_after: steps without use after which a code is moved onto an input; null for never.
     """
 
-    num_codes: int = 64
-    code_dim: int = 8
-    channels: int = 64
-    residual_blocks: int = 2
-    downsamplings: int = 1
-    quantizers: int = 1
+    num_codes: Annotated[int, Range(1, 2**18)] = 64
+    code_dim: Channels = 8
+    channels: Annotated[int, Range(2, 2**12)] = 64
+    residual_blocks: MaybeDepth = 2
+    downsamplings: Annotated[int, Range(0, 16)] = 1
+    quantizers: Depth = 1
     likelihood: Literal["mse", "bernoulli", "discretized-logistic"] = "mse"
     scale: Literal["pixel", "shared"] = "pixel"
-    levels: int = 256
+    levels: Levels = 256
     codebook: Literal["ema", "gradient"] = "ema"
-    decay: float = 0.99
-    commitment_weight: float = 0.25
+    decay: BelowOne = 0.99
+    commitment_weight: Weight = 0.25
     kmeans_init: bool = True
-    revive_after: int | None = 100
+    revive_after: Count | None = 100
 
 
 @dataclass
-class PriorConfig:
+class PriorConfig(Options):
     """The transformer over the code grid.
 
     Args:
@@ -92,15 +103,15 @@ class PriorConfig:
         conditional: condition on the labels, where the data set has them.
     """
 
-    width: int = 64
-    layers: int = 2
-    heads: int = 4
-    dropout: float = 0.1
+    width: Channels = 64
+    layers: Depth = 2
+    heads: Channels = 4
+    dropout: BelowOne = 0.1
     conditional: bool = True
 
 
 @dataclass
-class VQVAEConfig:
+class VQVAEConfig(Options):
     """Recipe `vqvae`.
 
     Args:
