@@ -6,6 +6,7 @@ validation, samples, and last the checkpoint, which therefore covers all of them
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ class Engine:
             restored = self._restore() if resume else None
             position = restored["progress"]["metrics_bytes"] if restored else 0
             self._log = MetricsLog(self.run, position, self.step) if main else None
+            self._say(f"run: {self.run.path}")
             with self._stop:
                 self._run_stages(restored)
         finally:
@@ -160,9 +162,14 @@ class Engine:
         now = time.perf_counter()
         if self._log is not None:
             values = current.stage.summarise(means)
+            rate = steps / (now - self._clock)
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-            speed = {"steps_per_second": steps / (now - self._clock)}
-            self._log.write(self.step, current.stage.name, "train", values | speed)
+            if bar.disable or not sys.stdout.isatty():
+                shown = f"{_listed(values)}  {rate:.3g} steps/s"
+                self._say(f"step {self.step:>6}  {current.stage.name}  train: {shown}")
+            self._log.write(
+                self.step, current.stage.name, "train", values | {"steps_per_second": rate}
+            )
         self._clock = now
 
     @contextmanager
@@ -184,8 +191,13 @@ class Engine:
         with self._evaluating(current) as modules:
             values = current.stage.validate(modules)
         self._log.write(self.step, current.stage.name, "valid", values)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        tqdm.write(f"step {self.step:>6}  {current.stage.name}  valid: {shown}")
+        self._say(f"step {self.step:>6}  {current.stage.name}  valid: {_listed(values)}")
+
+    def _say(self, line: str) -> None:
+        """Print a line, by the main process alone, at once also into a file or a pipe."""
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
+            sys.stdout.flush()
 
     def _draw(self, current: StageRun) -> None:
         if self._log is None:
@@ -235,6 +247,10 @@ class Engine:
         # clone: torch.set_rng_state crashes on a view into a larger tensor
         own = {name: state[rank].clone() for name, state in states.items()}
         set_rng_state(own, self.accelerator.device)
+
+
+def _listed(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 def load_weights(task: Task, sections: dict[str, Any], *, averaged: bool = False) -> None:

@@ -1,7 +1,9 @@
 """The engine over a small task of its own, with two phases a step."""
 
 import json
+import re
 import signal
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -104,6 +106,26 @@ def test_both_phases_learn_and_are_logged(tmp_path):
     assert saved == ["step-00000050", "step-00000060"]
     assert (engine.run.samples / "step-00000060-weights.png").read_bytes()[:4] == b"\x89PNG"
     assert list((engine.run.path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_printed(tmp_path, monkeypatch, capsys, terminal):
+    """The run's path first; losses and speed too, unless a bar on a terminal shows them."""
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    engine = build(tmp_path, RegressionTask(steps=10))
+    engine.train()
+    out, err = capsys.readouterr()
+    first, *lines = out.splitlines()
+    assert first == f"run: {engine.run.path}"
+    assert sum("  valid: weight " in line for line in lines) == 2
+    trained = [line for line in lines if "  train: " in line]
+    if terminal:
+        assert not trained and "first_loss=" in err
+        return
+    expected = r"step +(5|10)  regression  train: first_loss \S+  second_loss \S+  \S+ steps/s"
+    assert len(trained) == 2 and all(re.fullmatch(expected, line) for line in trained)
+    assert not err
 
 
 def test_the_interval_is_averaged(tmp_path):
