@@ -115,14 +115,25 @@ def needs_training(command: Callable[[Sequence[str]], int]) -> Callable[[Sequenc
                 f"{', '.join(missing)} not installed; run: pip install 'fastgen[train]'"
             )
         from fastgen.data import DataError
-        from fastgen.training.errors import NonFiniteLossError, RunError, TrainingStopped
-        from fastgen.training.processes import leave_process_group
+        from fastgen.training.errors import (
+            NonFiniteLossError,
+            RunError,
+            TrainingStopped,
+            WriteError,
+        )
+        from fastgen.training.processes import leave_process_group, tells
 
-        statuses: dict[type, int] = {NonFiniteLossError: 1, TrainingStopped: 128 + signal.SIGTERM}
+        statuses: dict[type, int] = {
+            NonFiniteLossError: 1,
+            WriteError: 1,
+            TrainingStopped: 128 + signal.SIGTERM,
+        }
         try:
             status = command(arguments)
         except (RunError, DataError) as error:
-            status = _fail(error, statuses.get(type(error), 2))
+            status = statuses.get(type(error), 2)
+            if tells(error):
+                _fail(error, status)
         # the error is gone by now, and with it the networks that its traceback held
         leave_process_group()
         return status
@@ -203,6 +214,8 @@ def _sample(arguments: Sequence[str]) -> int:
     )
     out = options.out or options.run / "samples" / f"sample-seed{options.seed}.png"
     try:
+        if options.out is None:
+            out.parent.mkdir(exist_ok=True)
         write_atomic(out, png_bytes(images))
     except OSError as error:
         raise CommandError(

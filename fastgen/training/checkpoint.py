@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgen.training.errors import CheckpointError
+from fastgen.training.errors import CheckpointError, WriteError
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+_SHOWN = 40
 _NAME = re.compile(r"step-(\d{8,})")
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    SafetensorError,
+)
 
 
 def save_checkpoint(folder: Path, step: int, sections: dict[str, Any]) -> Path:
     """Write `folder/step-XXXXXXXX` atomically and durably, and return its path.
 
     Raises:
-        CheckpointError: it exists, or the disk refuses; what was there before is untouched.
+        CheckpointError: it exists.
+        WriteError: the disk refuses; what was there before is untouched.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-{final.name}"
     if final.exists():
         raise CheckpointError(f"{final} exists already; move it away")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        remove(temporary)
         temporary.mkdir()
         names = [
             name for section, tree in sections.items() for name in _write(temporary, section, tree)
@@ -57,7 +72,7 @@ def save_checkpoint(folder: Path, step: int, sections: dict[str, Any]) -> Path:
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
+        raise WriteError(
             f"cannot write {final}: {error}; free space there and use --resume"
         ) from error
     return final
@@ -67,7 +82,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint's sections, tensors on the CPU; every file is checked against the manifest.
 
     Raises:
-        CheckpointError: a file is missing, truncated or altered, or the format is unknown.
+        CheckpointError: a file is missing, truncated or altered, the folder has the name of another
+            step, or the format is unknown.
     """
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
@@ -75,7 +91,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has format {manifest['format']}, this fastgen reads {_FORMAT}"
             )
+        step = manifest["step"]
+        if _NAME.fullmatch(path.name) and checkpoint_step(path) != step:
+            raise CheckpointError(f"{path} is the checkpoint of step {step}, under another name")
         for name, expected in manifest["files"].items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{path} is damaged: {name!r} is no name of a file in it")
             found = _describe(path / name)
             if found["bytes"] != expected["bytes"]:
                 raise CheckpointError(
@@ -89,12 +110,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return {
             name.removesuffix(".json"): _read(path, name.removesuffix(".json")) for name in names
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path} is incomplete or damaged ({error})") from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete-looking checkpoints of a folder, oldest first."""
+    """The complete-looking checkpoints of a folder, oldest first; none if it does not exist."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; move it away")
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=checkpoint_step)
 
@@ -126,13 +149,100 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any], dict[Path, Checkpoi
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints, and what a killed writer left."""
-    for path in list_checkpoints(folder)[:-keep]:
-        doomed = path.with_name(f".tmp-{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(path, doomed)  # a kill in the middle must not leave half a checkpoint
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+    """Delete all but the last `keep` checkpoints, and what a killed writer left.
+
+    Raises:
+        WriteError: the disk refuses.
+    """
+    try:
+        for path in list_checkpoints(folder)[:-keep]:
+            doomed = path.with_name(f".tmp-{path.name}")
+            remove(doomed)
+            os.rename(path, doomed)  # a kill in the middle must not leave half a checkpoint
+        for leftover in folder.glob(".tmp-*"):
+            remove(leftover)
+    except OSError as error:
+        raise WriteError(f"cannot delete old checkpoints in {folder}: {error}") from error
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be written anew; return its new path.
+
+    Raises:
+        WriteError: the disk refuses.
+    """
+    aside, count = path.with_name(f"damaged-{path.name}"), 1
+    while aside.exists() or aside.is_symlink():
+        count += 1
+        aside = path.with_name(f"damaged-{path.name}-{count}")
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        raise WriteError(f"cannot rename the damaged {path}: {error.strerror}") from error
+    return aside
+
+
+def check_like(value: Any, template: Any, name: str) -> None:
+    """Hold a tree of a checkpoint to one of the same names, types, shapes and dtypes.
+
+    Numbers must be finite; what tensors hold is not looked at.
+
+    Raises:
+        CheckpointError: the first difference, with its place below `name`.
+    """
+    if isinstance(template, dict):
+        _check_type(value, dict, name)
+        for key in [*template, *value]:
+            if key not in value:
+                raise CheckpointError(f"{_join(name, key)} is missing in the checkpoint")
+            if key not in template:
+                raise CheckpointError(f"{_join(name, key)} of the checkpoint has no place here")
+            check_like(value[key], template[key], _join(name, key))
+    elif isinstance(template, (list, tuple)):
+        _check_type(value, type(template), name)
+        if len(value) != len(template):
+            raise CheckpointError(f"{name} must have {len(template)} items, got {len(value)}")
+        for i, (item, wanted) in enumerate(zip(value, template, strict=True)):
+            check_like(item, wanted, _join(name, i))
+    elif isinstance(template, Tensor):
+        _check_type(value, Tensor, name)
+        if (value.dtype, value.shape) != (template.dtype, template.shape):
+            raise CheckpointError(
+                f"{name} must be {_kind(template)}, got {_kind(value)} in the checkpoint"
+            )
+    else:
+        _check_type(value, type(template), name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"{name} must be finite, got {value} in the checkpoint")
+
+
+def check_finite(tensors: dict[str, Tensor], name: str) -> None:
+    """Refuse tensors of a checkpoint with NaN or infinity in them.
+
+    Raises:
+        CheckpointError: the first of them.
+    """
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{_join(name, key)} of the checkpoint holds NaN or infinity")
+
+
+def _check_type(value: Any, expected: type, name: str) -> None:
+    if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
+        got = "a tensor" if isinstance(value, Tensor) else repr(value)[:_SHOWN]
+        raise CheckpointError(f"{name} must be {expected.__name__}, got {got} in the checkpoint")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def remove(path: Path) -> None:
+    """Delete whatever has that name: a file, a link or a folder with all in it; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -147,9 +257,14 @@ def sync(path: Path) -> None:
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file so that a reader, or a kill, sees either the old content or the new."""
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(content)
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     sync(path.parent)
 
 
@@ -208,6 +323,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
+        if value["tensor"] not in tensors:
+            raise ValueError(f"tensor {value['tensor']!r} is missing")
         return tensors[value["tensor"]]
     if "tuple" in value:
         return tuple(_decode(item, tensors) for item in value["tuple"])

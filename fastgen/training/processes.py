@@ -1,4 +1,4 @@
-"""Processes that train together: how they join, stop and leave."""
+"""Processes that train together: how they join, fail, stop and leave."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import importlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import get_int_from_env
+from accelerate.utils import gather_object, get_int_from_env
 
+from fastgen.data import DataError
 from fastgen.training.config import EngineConfig
+from fastgen.training.errors import RunError
 
 _WORLD_SIZE = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 _STEPS_BETWEEN_QUESTIONS = 10
@@ -52,6 +56,41 @@ def _launched() -> int:
             "torchrun --nproc-per-node N or accelerate launch --multi_gpu, or unset MASTER_ADDR"
         )
     return max(count, 1)
+
+
+@contextmanager
+def agreeing(accelerator: Accelerator) -> Iterator[None]:
+    """An error of one process becomes an error of all, so that none waits for one that is gone.
+
+    Nothing inside may wait for other processes.
+
+    Raises:
+        RunError, DataError: of this process, or a RunError with the words of the first that failed.
+    """
+    mine: RunError | DataError | None = None
+    try:
+        yield
+    except (RunError, DataError) as error:
+        mine = error
+    kind = None if mine is None else (type(mine) if isinstance(mine, RunError) else RunError)
+    failed = [one for one in gather_object([(kind, str(mine))]) if one[0] is not None]
+    if not failed:
+        return
+    if mine is None:
+        kind, words = failed[0]
+        mine = kind(words)
+    mine.shared = accelerator.num_processes > 1  # type: ignore[union-attr]
+    raise mine
+
+
+def tells(error: Exception) -> bool:
+    """Whether this process says what went wrong; the others leave it to the main one.
+
+    Before there is a process group, every machine's first process does.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return not getattr(error, "shared", False) or dist.get_rank() == 0
+    return get_int_from_env(["LOCAL_RANK"], 0) == 0
 
 
 def leave_process_group() -> None:

@@ -29,11 +29,17 @@ def get_rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Bring all generators back to what `get_rng_state` gave."""
+    """Bring all generators back to what `get_rng_state` gave.
+
+    Raises:
+        ValueError, TypeError, OverflowError, RuntimeError: a state that no generator can have.
+    """
     gauss = state["python_gauss"].item()
     random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(gauss) else gauss))
     *keys, position, has_gauss = state["numpy"].tolist()
     words = np.array(keys, dtype=np.uint32)
+    if not 0 <= position <= len(words):  # NumPy would read beyond its words
+        raise ValueError(f"position {position} of NumPy's generator")
     np.random.set_state(("MT19937", words, position, has_gauss, state["numpy_gauss"].item()))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:

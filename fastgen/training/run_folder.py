@@ -6,15 +6,17 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from fastgen.training.checkpoint import sync, write_atomic
-from fastgen.training.errors import RunError
+from fastgen.training.board import Board
+from fastgen.training.checkpoint import remove, sync, write_atomic
+from fastgen.training.errors import RunError, WriteError
 from fastgen.training.images import png_bytes
 
 
@@ -44,7 +46,7 @@ class RunFolder:
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".tmp-{path.name}")
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
             temporary.mkdir()
             try:
                 run = cls(temporary)
@@ -93,18 +95,19 @@ class RunFolder:
         """Keep other processes from training this run; the lock ends with this process.
 
         Raises:
-            RunError: another process has it, or the folder cannot be written.
+            RunError: another process has it.
+            WriteError: the folder cannot be written.
         """
-        try:
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.unlock()
-            raise RunError(
-                f"{self.path} is being trained by another process; wait or stop it"
-            ) from None
-        except OSError as error:
-            raise RunError(f"cannot write the run folder {self.path}: {error.strerror}") from error
+        path = self.path / ".lock"
+        with writing(path):
+            self._lock = open(path, "w")  # noqa: SIM115
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.unlock()
+                raise RunError(
+                    f"{self.path} is being trained by another process; wait or stop it"
+                ) from None
 
     def unlock(self) -> None:
         """Give the lock back."""
@@ -113,9 +116,15 @@ class RunFolder:
             self._lock = None
 
     def write_samples(self, name: str, images: Tensor) -> Path:
-        """Write images (N, C, H, W) in [0, 1] as one grid to samples/`name`.png."""
+        """Write images (N, C, H, W) in [0, 1] as one grid to samples/`name`.png.
+
+        Raises:
+            WriteError: the disk refuses.
+        """
         path = self.samples / f"{name}.png"
-        write_atomic(path, png_bytes(images))
+        with writing(path):
+            self.samples.mkdir(exist_ok=True)
+            write_atomic(path, png_bytes(images))
         return path
 
 
@@ -127,34 +136,62 @@ class MetricsLog:
         position: length in bytes of metrics.jsonl when the checkpoint was made; what lies beyond is
             dropped.
         step: the step of that checkpoint.
+
+    Raises:
+        WriteError: the disk refuses; also from the methods.
     """
 
     def __init__(self, run: RunFolder, position: int, step: int):
-        self._file = open(run.metrics_path, "ab")  # noqa: SIM115
-        if self._file.tell() > position:
-            self._file.truncate(position)
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+        self._path = run.metrics_path
+        self._folder = run.path / "tensorboard"
+        with writing(self._path):
+            self._file = open(self._path, "ab")  # noqa: SIM115
+            try:
+                if self._file.tell() > position:
+                    self._file.truncate(position)
+                with writing(self._folder):
+                    self._board = Board(self._folder, step + 1)
+            except BaseException:
+                self._file.close()
+                raise
 
     def write(self, step: int, stage: str, split: str, values: dict[str, float]) -> None:
         """Append one line, and one TensorBoard scalar a value."""
         record = {"step": step, "stage": stage, "split": split, **values}
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{stage}/{split}/{name}", value, step)
+        with writing(self._path):
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        with writing(self._folder):
+            for name, value in values.items():
+                self._board.add_scalar(f"{stage}/{split}/{name}", value, step)
+            self._board.flush()
 
     def draw(self, step: int, stage: str, name: str, images: Tensor) -> None:
         """A sample grid for TensorBoard: images (N, C, H, W) in [0, 1]."""
-        self._board.add_images(f"{stage}/{name}", images.clamp(0, 1), step)
+        with writing(self._folder):
+            self._board.add_images(f"{stage}/{name}", images.clamp(0, 1), step)
+            self._board.flush()
 
     def sync(self) -> int:
         """Bring what was written to the disk, and return the length of metrics.jsonl in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
-        return self._file.tell()
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+            return self._file.tell()
 
     def close(self) -> None:
-        """Flush and close both."""
-        self._file.close()
-        self._board.close()
+        """Close both. What was written is flushed; what could not be was an error then."""
+        for file in (self._file, self._board):
+            with suppress(OSError):
+                file.close()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A refusal of the disk becomes a `WriteError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {path}: {error.strerror or error}; free space there, or mend what is in "
+            "the way, and use --resume"
+        ) from error

@@ -33,7 +33,7 @@ from fastgen.training.options import (
 from fastgen.training.processes import make_accelerator
 from fastgen.training.ranges import Label, Num, Seed, Temperature, check_number
 from fastgen.training.rng import seed_all
-from fastgen.training.run_folder import RunFolder
+from fastgen.training.run_folder import RunFolder, writing
 from fastgen.training.tasks.base import Task
 from fastgen.training.tasks.classifier import ClassifierTask
 
@@ -158,7 +158,8 @@ def evaluate_run(
         overrides: options of the recipe in the place of the run's, as "--evaluation.samples=5000".
 
     Raises:
-        RunError: as `load_run`, or eval.json cannot be written.
+        RunError: as `load_run`.
+        WriteError: eval.json cannot be written.
     """
     _check_numbers(num=(Num, num))
     task = load_run(path, data_root, overrides)
@@ -167,10 +168,8 @@ def evaluate_run(
         judge = _inception() if features == "inception" else load_run(Path(features), data_root)
         quality = sample_quality(task, judge, num)
         measures["test"] = measures.get("test", {}) | quality
-    try:
+    with writing(path / "eval.json"):
         write_atomic(path / "eval.json", json.dumps(measures, indent=1).encode())
-    except OSError as error:
-        raise RunError(f"cannot write {path / 'eval.json'}: {error.strerror}") from error
     return measures
 
 

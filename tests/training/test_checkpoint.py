@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgen.training import checkpoint as ckpt
-from fastgen.training.errors import CheckpointError
+from fastgen.training.errors import CheckpointError, WriteError
 
 TREE = {
     "weights": {"a.b": torch.randn(3, 2), "half": torch.randn(2).half(), "none": None},
@@ -110,6 +110,46 @@ def test_no_sound_one(tmp_path):
         ckpt.load_newest(tmp_path)
 
 
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    """It does not look as if there were no checkpoint yet."""
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match="checkpoints is not a folder; move it away"):
+        ckpt.load_newest(tmp_path / "checkpoints")
+    assert ckpt.list_checkpoints(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("name", ["../model.json", "/etc/passwd", "sub/model.json", ""])
+def test_names_of_files_elsewhere_are_refused(tmp_path, name):
+    path = save(tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"].pop("model.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="damaged"):
+        ckpt.load_checkpoint(path)
+
+
+def test_a_renamed_one_is_refused(tmp_path):
+    path = save(tmp_path, 7).rename(tmp_path / "step-00000008")
+    with pytest.raises(CheckpointError, match="8 is the checkpoint of step 7, under another name"):
+        ckpt.load_checkpoint(path)
+    assert ckpt.load_checkpoint(path.rename(tmp_path / "best"))["progress"] == {"n": 7}
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"dict": ' * 100_000, "1" * 5000, "\xff", "[1] 2"]
+)
+@pytest.mark.parametrize("name", ["manifest.json", "model.json"])
+def test_json_that_cannot_be_read(tmp_path, name, text):
+    path = save(tmp_path)
+    (path / name).write_text(text)
+    manifest = json.loads((path / "manifest.json").read_text()) if name != "manifest.json" else {}
+    if manifest:
+        manifest["files"][name] = ckpt._describe(path / name)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="damaged"):
+        ckpt.load_checkpoint(path)
+
+
 def test_another_format_is_refused(tmp_path):
     path = save(tmp_path)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -141,7 +181,7 @@ def test_a_full_disk_leaves_the_old_ones(tmp_path, monkeypatch, call):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(CheckpointError, match="cannot write .*step-00000002: .*No space left"):
+    with pytest.raises(WriteError, match="cannot write .*step-00000002: .*No space left"):
         save(tmp_path, 2)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
