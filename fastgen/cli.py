@@ -29,7 +29,8 @@ usage: fastgen COMMAND ...
 
   train RECIPE [--config FILE] [--data NAME] [--data-root DIR] [--run-dir DIR]
         [--any.option VALUE]      train in a new run folder
-  train --resume RUN [--data-root DIR]
+  train --resume RUN [--data-root DIR] [--accept-changes]
+                                  go on with a run; also where its options or data changed
   sample RUN [--num N] [--seed S] [--label L] [--temperature T] [--out PNG]
   eval RUN [--features RUN|inception] [--evaluation.OPTION VALUE]
                                   measures on held-out data; writes RUN/eval.json
@@ -153,8 +154,14 @@ def _train(arguments: Sequence[str]) -> int:
     if any(a == "--resume" or a.startswith("--resume=") for a in arguments):
         resume.add_argument("recipe", nargs="?")
         resume.add_argument("--data-root", "--data_root")
+        resume.add_argument("--accept-changes", "--accept_changes", action="store_true")
         options = resume.parse_args(arguments)
-        run = resume_run(options.resume, options.data_root, options.recipe)
+        run = resume_run(
+            options.resume,
+            options.data_root,
+            options.recipe,
+            accept_changes=options.accept_changes,
+        )
     else:
         recipe, rest = _split_recipe(arguments)
         if recipe is None or "-h" in rest or "--help" in rest:

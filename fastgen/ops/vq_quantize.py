@@ -163,9 +163,7 @@ class _VQQuantizeBackward(Fused):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_grad_x: Tensor | None, grad_grad_codebook: Tensor | None
-    ) -> tuple:
+    def backward(ctx: Any, grad_grad_x: Tensor | None, grad_grad_codebook: Tensor | None) -> tuple:
         grad_quantized, grad_loss, x, codebook, indices = ctx.saved_tensors
 
         def reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

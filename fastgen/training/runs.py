@@ -30,7 +30,8 @@ from fastgen.training.options import (
     find_recipe,
     parse_train_options,
 )
-from fastgen.training.processes import make_accelerator
+from fastgen.training.origin import Origin, changed_data, fingerprints
+from fastgen.training.processes import agreeing, make_accelerator
 from fastgen.training.ranges import Label, Num, Seed, Temperature, check_number
 from fastgen.training.rng import seed_all
 from fastgen.training.run_folder import RunFolder, writing
@@ -53,35 +54,56 @@ def start_run(recipe: str, config: Any, run_dir: Path | None = None) -> RunFolde
     """
     root = resolve_data_root(config.data_root)
     config = dataclasses.replace(config, data_root=None if root is None else str(root))
-    task = _build(recipe, config, find_recipe(recipe).load(config.data, root))
-    if config.engine.init_from is not None:
-        _load_newest(task, RunFolder.open(Path(config.engine.init_from)))
     accelerator = _accelerator(config)
-    _check_shares(task, config.engine.accumulate, accelerator.num_processes)
-    path = _create(run_dir or _default_path(recipe, config.data), recipe, config, accelerator)
-    run = RunFolder.open(path)
-    Engine(task, config.engine, run, accelerator).train()
+    with agreeing(accelerator):
+        dataset = find_recipe(recipe).load(config.data, root)
+        task = _build(recipe, config, dataset)
+        _check_sizes(task, config.engine.accumulate, accelerator.num_processes)
+        _check_shares(task, config.engine.accumulate, accelerator.num_processes)
+        origin = Origin.of(config_to_dict(recipe, config), dataset)
+        if config.engine.init_from is not None:
+            _load_newest(task, RunFolder.open(Path(config.engine.init_from)))
+    run = _create(run_dir or _default_path(recipe, config.data), origin.config, accelerator)
+    Engine(task, config.engine, run, accelerator, origin).train()
     return run
 
 
-def resume_run(path: Path, data_root: str | None = None, expected: str | None = None) -> RunFolder:
+def resume_run(
+    path: Path,
+    data_root: str | None = None,
+    expected: str | None = None,
+    *,
+    accept_changes: bool = False,
+) -> RunFolder:
     """Go on with a run from its newest sound checkpoint, or from the start where it has none.
+
+    What config.yaml may say otherwise than when the checkpoint was made is in
+    `fastgen.training.origin.MAY_CHANGE`; with more steps for the last stage that was begun, a run
+    that is complete becomes longer.
 
     Args:
         path: the run folder.
         data_root: where the data is now, if it moved.
         expected: refuse a run of another recipe than this.
+        accept_changes: go on although other options, or the data, are not those of the checkpoint.
 
     Raises:
-        as `start_run`; CheckpointError where checkpoints exist and none is sound.
+        as `start_run`; RunError for a change that is not accepted, CheckpointError where
+        checkpoints exist and none is sound.
     """
     run = RunFolder.open(path)
-    recipe, config, task = _from_run(run, data_root)
+    recipe, config = config_from_dict(run.read_config())
     if expected not in (None, recipe):
         raise RunError(f"{path} is a run of recipe {recipe!r}, not {expected!r}")
     accelerator = _accelerator(config)
-    _check_shares(task, config.engine.accumulate, accelerator.num_processes)
-    Engine(task, config.engine, run, accelerator).train(resume=True)
+    with agreeing(accelerator):
+        dataset = _load_data(recipe, config, data_root)
+        task = _build(recipe, config, dataset)
+        _check_sizes(task, config.engine.accumulate, accelerator.num_processes)
+        _check_shares(task, config.engine.accumulate, accelerator.num_processes)
+        origin = Origin.of(config_to_dict(recipe, config), dataset)
+    engine = Engine(task, config.engine, run, accelerator, origin)
+    engine.train(resume=True, accept_changes=accept_changes)
     return run
 
 
@@ -93,21 +115,38 @@ def load_run(path: Path, data_root: str | None = None, overrides: Sequence[str] 
     Raises:
         DataError, RunError, CheckpointError: what is missing or damaged.
     """
+    return _load_run(path, data_root, overrides)[0]
+
+
+def _load_run(
+    path: Path, data_root: str | None, overrides: Sequence[str]
+) -> tuple[Task, Any, dict[str, Any]]:
+    """A run's task as `load_run` gives it, the data set, and the sections of the checkpoint."""
     run = RunFolder.open(path)
-    _, config, task = _from_run(run, data_root, overrides)
-    _load_newest(task, run)
+    recipe, config = config_from_dict(run.read_config())
+    if overrides:
+        arguments = ["--config", str(run.config_path), *overrides]
+        config = parse_train_options(recipe, arguments).config
+    dataset = _load_data(recipe, config, data_root)
+    task = _build(recipe, config, dataset)
+    sections = _load_newest(task, run)
     device = "cuda" if torch.cuda.is_available() and not config.engine.cpu else "cpu"
     for module in task.modules.values():
         module.eval().to(device)
-    return task
+    return task, dataset, sections
 
 
-def _load_newest(task: Task, run: RunFolder) -> None:
-    """The weights of a run's newest sound checkpoint, averaged where it has such."""
+def _load_newest(task: Task, run: RunFolder) -> dict[str, Any]:
+    """Take the weights of a run's newest sound checkpoint, averaged where it has such.
+
+    Returns:
+        all its sections.
+    """
     checkpoint, sections, problems = load_newest(run.checkpoints)
     for problem in problems.values():
         print(f"warning: {problem}; using {checkpoint.name}")
     load_weights(task, sections, averaged=True)
+    return sections
 
 
 def sample_run(
@@ -149,6 +188,8 @@ def evaluate_run(
 ) -> dict[str, dict[str, float]]:
     """Measure a run's model on the held-out splits: split -> measure -> value; writes eval.json.
 
+    Held-out data that is not what it was in training is measured, after a warning.
+
     Args:
         path: the run folder.
         data_root: where the data is now, if it moved.
@@ -162,7 +203,10 @@ def evaluate_run(
         WriteError: eval.json cannot be written.
     """
     _check_numbers(num=(Num, num))
-    task = load_run(path, data_root, overrides)
+    task, dataset, sections = _load_run(path, data_root, overrides)
+    if sections.get("origin") is not None:
+        for change in changed_data(sections["origin"], fingerprints(dataset, ("valid", "test"))):
+            print(f"warning: the data is not that of the training: {change}")
     measures = task.evaluate()
     if features is not None:
         judge = _inception() if features == "inception" else load_run(Path(features), data_root)
@@ -230,39 +274,36 @@ def _device(task: Task) -> torch.device:
     return next(next(iter(task.modules.values())).parameters()).device
 
 
-def _from_run(
-    run: RunFolder, data_root: str | None, overrides: Sequence[str] = ()
-) -> tuple[str, Any, Task]:
-    recipe, config = config_from_dict(run.read_config())
-    if overrides:
-        arguments = ["--config", str(run.config_path), *overrides]
-        config = parse_train_options(recipe, arguments).config
-    root = resolve_data_root(data_root or config.data_root)
-    dataset = find_recipe(recipe).load(config.data, root)
-    return recipe, config, _build(recipe, config, dataset)
+def _load_data(recipe: str, config: Any, data_root: str | None) -> Any:
+    return find_recipe(recipe).load(config.data, resolve_data_root(data_root or config.data_root))
 
 
 def _build(recipe: str, config: Any, dataset: Any) -> Task:
     seed_all(config.engine.seed)
     try:
-        task = find_recipe(recipe).task(config, dataset)
-        for stage in task.stages:
-            _check_sizes(stage.name, stage.config, len(dataset.train), config.engine.accumulate)
+        return find_recipe(recipe).task(config, dataset)
     except (ValueError, TypeError) as error:
         raise RunError(f"options do not fit: {' '.join(str(error).split())}") from error
-    return task
 
 
-def _check_sizes(name: str, stage: Any, samples: int, accumulate: int) -> None:
-    if stage.steps < 0:
-        raise ValueError(f"{name}.steps must not be negative, got {stage.steps}")
-    if not 1 <= stage.batch_size <= samples:
-        raise ValueError(f"{name}.batch_size must be in [1, {samples}], got {stage.batch_size}")
-    if stage.batch_size % accumulate:
-        raise ValueError(
-            f"{name}.batch_size must be a multiple of engine.accumulate, "
-            f"got {stage.batch_size} and {accumulate}"
-        )
+def _check_sizes(task: Task, accumulate: int, processes: int) -> None:
+    """Refuse stages whose batches cannot be had from the data, or not be shared out evenly."""
+    samples, shares = len(task.dataset.train), accumulate * processes
+    for stage in task.stages:
+        steps, batch_size = stage.config.steps, stage.config.batch_size
+        if steps < 0:
+            problem = f"steps must not be negative, got {steps}"
+        elif not 1 <= batch_size <= samples:
+            problem = f"batch_size must be in [1, {samples}], got {batch_size}"
+        elif batch_size % shares:
+            among = f" times the {processes} processes" if processes > 1 else ""
+            problem = (
+                f"batch_size must be a multiple of engine.accumulate{among}, "
+                f"got {batch_size} and {accumulate}"
+            )
+        else:
+            continue
+        raise RunError(f"options do not fit: {stage.name}.{problem}")
 
 
 def _check_shares(task: Task, accumulate: int, processes: int) -> None:
@@ -294,15 +335,11 @@ def _default_path(recipe: str, data: str) -> Path:
     return path
 
 
-def _create(path: Path, recipe: str, config: Any, accelerator: Accelerator) -> Path:
-    """The main process makes the folder; all learn its path, or why there is none."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = str(RunFolder.create(path, config_to_dict(recipe, config)).path)
-        except RunError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise RunError(outcome[1])
-    return Path(outcome[0])
+def _create(path: Path, config: dict[str, Any], accelerator: Accelerator) -> RunFolder:
+    """The main process makes the folder, and all open it."""
+    shared = [str(path)]
+    broadcast_object_list(shared)  # a path of its own would have the time in it
+    with agreeing(accelerator):
+        if accelerator.is_main_process:
+            RunFolder.create(Path(shared[0]), config)
+    return RunFolder.open(Path(shared[0]))

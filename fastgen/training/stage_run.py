@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from fastgen.data import BatchLoader
 from fastgen.random import derive_key
+from fastgen.training.checkpoint import check_finite, check_like
 from fastgen.training.config import EngineConfig
 from fastgen.training.draws import Draws
+from fastgen.training.errors import CheckpointError
 from fastgen.training.tasks.base import Batch, Stage
 
 
@@ -55,6 +59,7 @@ class StageRun:
         }
         self._sums: dict[str, Tensor] = {}
         self._summed_steps = 0
+        self._sums_are_restored = False
         self._bad_step = torch.tensor(-1, device=accelerator.device)
 
     def _start_averages(self) -> dict[str, AveragedModel]:
@@ -85,6 +90,9 @@ class StageRun:
         self.steps_done += 1
         for name, average in self.averages.items():
             average.update_parameters(self.stage.modules[name])
+        if self._sums_are_restored:
+            check_like(self._sums, logs, "progress.sums")
+            self._sums_are_restored = False
         for name, value in logs.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._summed_steps += 1
@@ -148,8 +156,10 @@ class StageRun:
         self._bad_step = torch.where(failed, self.steps_done, self._bad_step)
 
     def bad_tensors(self, step: int) -> list[str]:
-        """Names of what is not finite, here: in the batch of a step, in what the losses logged in
-        this interval, or, if nothing there, among the weights."""
+        """Names of what is not finite: in the batch of a step, in what the losses logged in this
+        interval, or, if nothing there, among the weights; none where it was another process's."""
+        if int(self._bad_step) != step:
+            return []
         batch = self.loader.batch_of(step - 1)
         names = [f"{name} of the batch" for name in _not_finite(batch)] + _not_finite(self._sums)
         modules = self.stage.modules.items()
@@ -190,20 +200,119 @@ class StageRun:
             },
         }
 
-    def load_state_dict(self, sections: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(sections["optimizers"][name])
-        for name, average in self.averages.items():
-            average.load_state_dict(sections["averages"][name])
+    def load_state_dict(self, sections: dict[str, Any], *, changed: bool = False) -> None:
+        """Go on where `state_dict` was taken.
+
+        Args:
+            sections: of the checkpoint.
+            changed: options or data are others now: those of the optimisers are taken from the
+                configuration, the loader goes to the same number of batches, running means and
+                averages that were not kept start anew.
+
+        Raises:
+            CheckpointError: what is missing, or not what this stage would have written.
+        """
         progress = sections["progress"]
         self.steps_done = progress["steps_done"]
-        self.loader.load_state_dict(progress["loader"])
+        self._load_optimizers(sections["optimizers"], changed)
+        self._load_averages(sections["averages"], changed)
+        self._load_position(progress.get("loader"), changed)
+        if not changed:
+            self._load_sums(progress.get("sums"), progress["summed_steps"])
+        scaler, saved = self.accelerator.scaler, progress.get("scaler")
+        if scaler is not None and saved is not None:
+            check_like(saved, scaler.state_dict(), "progress.scaler")
+            scaler.load_state_dict(saved)
+
+    def _load_optimizers(self, saved: dict[str, Any], changed: bool) -> None:
+        check_like({n: None for n in saved}, {n: None for n in self.optimizers}, "optimizers")
+        for name, optimizer in self.optimizers.items():
+            own, state = optimizer.state_dict(), saved[name]
+            _check_optimizer(state, optimizer, f"optimizers.{name}", changed)
+            optimizer.load_state_dict(
+                {"state": state["state"], "param_groups": own["param_groups"]} if changed else state
+            )
+
+    def _load_averages(self, saved: dict[str, Any], changed: bool) -> None:
+        own = {name: average.state_dict() for name, average in self.averages.items()}
+        if changed:
+            own = {name: state for name, state in own.items() if name in saved}
+            saved = {name: saved[name] for name in own}
+        check_like(saved, own, "averages")
+        for name in own:
+            weights = {f"module.{n}" for n, _ in self.averages[name].module.named_parameters()}
+            check_finite({key: saved[name][key] for key in weights}, f"averages.{name}")
+            self.averages[name].load_state_dict(saved[name])
+
+    def _load_position(self, saved: Any, changed: bool) -> None:
+        """A step takes a batch, so that the steps say where the loader is."""
+        batches = self.loader.size // self.loader.batch_size
+        if changed:
+            epoch, index = divmod(self.steps_done, batches)
+            saved = {"epoch": epoch, "index": index}
+        check_like(saved, self.loader.state_dict(), "progress.loader")
+        position = saved["epoch"] * batches + saved["index"]
+        if not 0 <= saved["index"] <= batches or position != self.steps_done:
+            raise CheckpointError(
+                f"progress.loader is {saved}, which is not where {self.steps_done} steps end"
+            )
+        self.loader.load_state_dict(saved)
+
+    def _load_sums(self, saved: Any, steps: int) -> None:
+        if not isinstance(saved, dict) or not all(isinstance(v, Tensor) for v in saved.values()):
+            raise CheckpointError("progress.sums must be tensors by name")
+        if steps > self.steps_done or bool(saved) != bool(steps):
+            raise CheckpointError(
+                f"progress.sums has {len(saved)} sums over {steps} of {self.steps_done} steps"
+            )
         device = self.accelerator.device
-        self._sums = {name: value.to(device) for name, value in progress["sums"].items()}
-        self._summed_steps = progress["summed_steps"]
-        if self.accelerator.scaler is not None and progress["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        self._sums = {name: value.to(device) for name, value in saved.items()}
+        self._summed_steps, self._sums_are_restored = steps, steps > 0
+
+
+def _check_optimizer(saved: Any, optimizer: Optimizer, name: str, changed: bool) -> None:
+    """Hold an optimiser's state to what it would keep itself: the kernels do not look at sizes."""
+    own = optimizer.state_dict()
+    kept = _kept_states(optimizer)
+    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+        raise CheckpointError(f"{name}.state is missing in the checkpoint")
+    for index, state in saved["state"].items():
+        check_like({index: state}, {i: s for i, s in kept.items() if i == index}, f"{name}.state")
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        # a second moment may have overflown to infinity: its weight stands still then
+        bad = {k: v.isnan().any() if v.ndim else ~v.isfinite() for k, v in tensors.items()}
+        for key in (key for key, found in bad.items() if found):
+            raise CheckpointError(f"{name}.state.{index}.{key} of the checkpoint is not finite")
+    if changed:
+        return
+    groups: Any = saved.get("param_groups")
+    check_like(groups, own["param_groups"], f"{name}.param_groups")
+    for i, (group, wanted) in enumerate(zip(groups, own["param_groups"], strict=True)):
+        if group["params"] != wanted["params"]:
+            raise CheckpointError(f"{name}.param_groups.{i}.params are those of another model")
+
+
+def _kept_states(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """What an optimiser keeps for each parameter, from a step of its twin on zeros; no storage."""
+    twin_of = {
+        key: value
+        for key, value in vars(optimizer).items()
+        if key != "step" and not key.startswith("_optimizer_")
+    }
+    kept: dict[int, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            zeros = nn.Parameter(torch.zeros_like(parameter))
+            zeros.grad = torch.zeros_like(zeros)
+            twin = type(optimizer).__new__(type(optimizer))
+            own = {"state": defaultdict(dict), "param_groups": [{**group, "params": [zeros]}]}
+            twin.__setstate__(twin_of | own)
+            twin.step()
+            kept[len(kept)] = {
+                key: value.to("meta") if isinstance(value, Tensor) else value
+                for key, value in twin.state[zeros].items()
+            }
+    return kept
 
 
 def warmed_up(decay: float, count: int) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -315,6 +316,122 @@ def test_a_complete_run_is_left_as_it_is(tmp_path):
     again.train(resume=True)
     assert again.task.stages[0].calls == 0
     assert engine.run.metrics_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_complete_run_that_gets_more_steps_goes_on_as_if_it_had_not_ended(tmp_path, ema_decay):
+    """Bit for bit, where the learning rate does not depend on the length."""
+    flat = OptimizerConfig(lr=0.1, warmup_steps=5, final_lr=1.0)
+    whole = build(tmp_path / "a", RegressionTask(30, optimizer=flat), ema_decay=ema_decay)
+    whole.train()
+    short = build(tmp_path / "b", RegressionTask(13, optimizer=flat), ema_decay=ema_decay)
+    short.train()
+    longer = build(short.run, RegressionTask(30, optimizer=flat), ema_decay=ema_decay)
+    longer.train(resume=True)
+    one, two = (
+        ckpt.load_checkpoint(engine.run.checkpoints / "step-00000030") for engine in (whole, longer)
+    )
+    states = [{n: o["state"] for n, o in sections["optimizers"].items()} for sections in (one, two)]
+    torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
+    for section in ("model", "averages", "rng"):
+        torch.testing.assert_close(one[section], two[section], rtol=0, atol=0, equal_nan=True)
+    for a, b in zip(whole.task.modules.values(), longer.task.modules.values(), strict=True):
+        assert torch.equal(a.weight, b.weight)
+
+
+def test_a_longer_run_has_the_schedule_of_its_new_length(tmp_path, monkeypatch):
+    build(tmp_path, RegressionTask(10)).train()
+    rates, step = [], StageRun.step
+
+    def noted(run):
+        step(run)
+        rates.append(run.optimizers["first"].param_groups[0]["lr"])
+
+    monkeypatch.setattr(StageRun, "step", noted)
+    run = RunFolder.open(tmp_path / "run")
+    build(run, RegressionTask(20)).train(resume=True)
+    config = OptimizerConfig(lr=0.1, warmup_steps=0)
+    assert rates == [config.lr_at(step, 20) for step in range(10, 20)]
+
+
+def test_fewer_steps_than_were_done_are_refused(tmp_path):
+    build(tmp_path, RegressionTask(10)).train()
+    run = RunFolder.open(tmp_path / "run")
+    expected = "stage 'regression' has 9 steps now, but the run has done 10; give it as many or"
+    with pytest.raises(RunError, match=expected):
+        build(run, RegressionTask(9)).train(resume=True)
+
+
+def test_a_complete_run_has_its_averages_as_weights_when_it_is_gone_on_with(tmp_path):
+    engine = build(tmp_path, ema_decay=0.9)
+    engine.train()
+    again = build(engine.run, ema_decay=0.9)
+    again.train(resume=True)
+    for a, b in zip(engine.task.modules.values(), again.task.modules.values(), strict=True):
+        assert torch.equal(a.weight, b.weight)
+
+
+def test_folders_that_the_user_deleted_are_made_again(tmp_path, monkeypatch):
+    whole = build(tmp_path / "a")
+    whole.train()
+    engine = build(tmp_path / "b", sample_every=15)
+    step = StageRun.step
+
+    def deleting(run):
+        step(run)
+        if run.steps_done == 12:
+            shutil.rmtree(engine.run.samples)
+            shutil.rmtree(engine.run.checkpoints)
+
+    monkeypatch.setattr(StageRun, "step", deleting)
+    engine.train()
+    assert [path.name for path in engine.run.samples.iterdir()] == [
+        f"step-000000{step}-weights.png" for step in (15, 20)
+    ]
+    assert [path.name for path in engine.run.checkpoints.iterdir()] == ["step-00000020"]
+    monkeypatch.setattr(StageRun, "step", step)
+    for name in ("samples", "checkpoints", "tensorboard"):
+        shutil.rmtree(engine.run.path / name)
+    again = build(engine.run)
+    again.train(resume=True)
+    for a, b in zip(whole.task.modules.values(), again.task.modules.values(), strict=True):
+        assert torch.equal(a.weight, b.weight)
+    assert len(list(engine.run.checkpoints.iterdir())) == 2
+
+
+def test_a_checkpoint_damaged_twice(tmp_path):
+    engine = build(tmp_path)
+    engine.train()
+    for _ in range(3):
+        newest = engine.run.checkpoints / "step-00000020"
+        (newest / "model.safetensors").write_bytes(b"")
+        build(engine.run).train(resume=True)
+    aside = sorted(path.name for path in engine.run.checkpoints.glob("damaged-*"))
+    assert aside == [f"damaged-step-00000020{suffix}" for suffix in ("", "-2", "-3")]
+    ckpt.load_checkpoint(newest)
+
+
+def test_strays_in_the_folders_of_a_run(tmp_path):
+    """Files where folders are expected, folders where files are, and links."""
+    engine = build(tmp_path, checkpoint_every=5)
+    checkpoints = engine.run.checkpoints
+    (checkpoints / ".tmp-step-00000005").write_text("a file")
+    (checkpoints / ".tmp-step-00000099").write_text("a file")
+    (checkpoints / ".tmp-other").symlink_to(tmp_path / "nowhere")
+    (checkpoints / "step-00000001").write_text("a file")
+    (checkpoints / "step-00000002").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("mine")
+    (checkpoints / "step-00000003").symlink_to(tmp_path / "kept")
+    engine.train()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000015", "step-00000020"]
+    assert (tmp_path / "kept" / "file").read_text() == "mine"
+    (checkpoints / "step-00000030").write_text("a file")
+    (checkpoints / "step-00000031").mkdir()
+    build(engine.run, RegressionTask(25), checkpoint_every=5).train(resume=True)
+    names = sorted(path.name for path in checkpoints.iterdir())
+    aside = ["damaged-step-00000030", "damaged-step-00000031"]
+    assert names == [*aside, "step-00000020", "step-00000025"]
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path, capsys):

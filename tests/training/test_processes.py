@@ -1,6 +1,7 @@
 """Processes that train together stop and go on together; what they train is in test_recipes.py."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -76,6 +77,49 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint(tmp_path):
         time.sleep(0.1)
     launcher.terminate()
     _, errors = launcher.communicate(timeout=120)
-    assert errors.count("stopped by SIGTERM after step") == 2, errors
+    assert errors.count("stopped by SIGTERM after step") == 1, errors
     (path,) = list_checkpoints(run / "checkpoints")
     assert load_checkpoint(path)["progress"]["steps_done"] % 10 == 0
+
+
+def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines of fastgen; torchrun adds a report of its own."""
+    assert done.returncode != 0 and "exitcode  : 2" in done.stderr, done.stderr
+    assert "runs.py" not in done.stderr and "cli.py" not in done.stderr, done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("fastgen: error: ")]
+
+
+REFUSED = {
+    "batch": (["--autoencoder.batch_size=65"], "multiple of engine.accumulate times the 2 proc"),
+    "parts": (["--prior.batch_size=66", "--engine.accumulate=2"], "processes, got 66 and 2"),
+    "option": (["--model.colour=3"], "--model.colour"),
+    "data": (["--data=cats"], "data set 'cats' is not known"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_bad_request_to_two_processes_is_one_line(tmp_path, what):
+    options, message = REFUSED[what]
+    (line,) = errors_of(launch(2, "vqvae", *OPTIONS, *options, f"--run_dir={tmp_path / 'run'}"))
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_end_alike_where_one_cannot_write(tmp_path):
+    run = tmp_path / "run"
+    train(2, run, "vqvae", *OPTIONS, f"--run_dir={run}")
+    (line,) = errors_of(launch(2, "vqvae", *OPTIONS, f"--run_dir={run}"))
+    assert "continue it with --resume" in line
+    for path in list_checkpoints(run / "checkpoints")[-1:]:
+        shutil.rmtree(path)
+    shutil.rmtree(run / "samples")
+    (run / "samples").write_text("")
+    started = time.monotonic()
+    done = launch(2, f"--resume={run}")
+    assert time.monotonic() - started < 100
+    assert done.stderr.count("fastgen: error: cannot write") == 1, done.stderr
+    assert "exitcode  : 1" in done.stderr and "in _after_step" not in done.stderr, done.stderr
+    (run / "samples").unlink()
+    train(2, run, f"--resume={run}")

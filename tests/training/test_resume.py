@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fastgen.training.checkpoint import list_checkpoints, load_checkpoint
+from fastgen.training.errors import RunError
 from fastgen.training.options import config_to_dict
+from fastgen.training.runs import resume_run, start_run
 
 DRIVER = Path(__file__).with_name("crash_driver.py")
 
@@ -73,6 +77,70 @@ def test_killed_at_every_other_call_that_writes(tmp_path, config):
     config.engine.checkpoint_every = 3
     delays = [0.02 * i for i in range(5)]
     die_and_compare(tmp_path, config, points=list(range(1, 60, 2)), delays=delays)
+
+
+@pytest.fixture
+def staged(config, tmp_path) -> Path:
+    """A complete run of both stages with its checkpoints of steps 10 (between them) and 18."""
+    config.engine.keep_checkpoints = 9
+    run = start_run("vqvae", config, tmp_path / "staged").path
+    for path in list_checkpoints(run / "checkpoints"):
+        if path.name not in ("step-00000010", "step-00000018"):
+            shutil.rmtree(path)
+    return run
+
+
+def set_steps(run: Path, **stages: int) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name, steps in stages.items():
+        config[name]["steps"] = steps
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_the_last_stage_can_be_made_longer(staged):
+    set_steps(staged, prior=12)
+    resume_run(staged)
+    progress = load_checkpoint(staged / "checkpoints/step-00000022")["progress"]
+    assert (progress["stage"], progress["steps_done"]) == ("prior", 12)
+
+
+@pytest.mark.parametrize("steps", [9, 11, 14, 18, 30])
+def test_a_stage_that_is_over_cannot_change_its_length(staged, steps):
+    before = (staged / "metrics.jsonl").read_bytes()
+    set_steps(staged, autoencoder=steps)
+    expected = f"the stages before 'prior' have {steps} steps now, but the run passed them after 10"
+    with pytest.raises(RunError, match=expected):
+        resume_run(staged)
+    assert (staged / "metrics.jsonl").read_bytes() == before
+
+
+def test_fewer_steps_than_were_done(staged):
+    set_steps(staged, prior=7)
+    with pytest.raises(RunError, match="'prior' has 7 steps now, but the run has done 8"):
+        resume_run(staged)
+
+
+def test_a_stage_that_is_complete_can_be_made_longer_before_the_next(staged):
+    shutil.rmtree(staged / "checkpoints/step-00000018")
+    set_steps(staged, autoencoder=14)
+    resume_run(staged)
+    steps = [line["step"] for line in metrics_without_timings(staged) if line["split"] == "train"]
+    assert steps == [3, 6, 9, 10, 12, 14, 15, 18, 21, 22]
+    model = load_checkpoint(staged / "checkpoints/step-00000022")["model"]
+    averaged = load_checkpoint(staged / "checkpoints/step-00000014")["averages"]["autoencoder"]
+    for name, value in model["autoencoder"].items():
+        assert torch.equal(value, averaged[f"module.{name}"])
+
+
+def test_a_stage_that_was_left_out_can_be_added(config, tmp_path):
+    config.prior.steps = 0
+    run = start_run("vqvae", config, tmp_path / "run").path
+    set_steps(run, prior=8)
+    resume_run(run)
+    config.prior.steps = 8
+    whole = start_run("vqvae", config, tmp_path / "whole").path
+    one, two = (load_checkpoint(r / "checkpoints/step-00000018")["model"] for r in (run, whole))
+    assert same_bits(one, two)
 
 
 def test_bits_differ_when_they_differ(finished_run):
