@@ -93,7 +93,7 @@ def _print_timing(run: Path, data_root: str | None) -> None:
     stage: Any = load_run(run, data_root).stages[0]
     model = stage.modules["autoencoder"].train()
     device = next(model.parameters()).device
-    images = stage.train_tensors()["images"][: stage.config.batch_size].to(device)
+    images = stage.train_source().take(torch.arange(stage.config.batch_size))["images"].to(device)
     (optimizer,) = stage.optimizers().values()
     with torch.no_grad():
         embedded = model.encoder(2 * images - 1)

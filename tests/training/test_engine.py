@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastgen.data import TensorSource
 from fastgen.training import checkpoint as ckpt
 from fastgen.training import processes
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
@@ -41,9 +42,9 @@ class RegressionStage(Stage):
         self.calls = 0
         self.seen = []
 
-    def train_tensors(self):
+    def train_source(self):
         x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
-        return {"x": x, "y": x @ torch.tensor([1.0, -2.0, 3.0, 0.5])}
+        return TensorSource(x=x, y=x @ torch.tensor([1.0, -2.0, 3.0, 0.5]))
 
     def optimizers(self):
         return {
@@ -217,9 +218,9 @@ def assert_saved_weights_are_finite(engine):
 
 def test_nan_in_a_batch_is_found_in_the_batch(tmp_path):
     task = RegressionTask()
-    tensors = task.stages[0].train_tensors()
-    tensors["x"][11, 2] = float("nan")
-    task.stages[0].train_tensors = lambda: tensors
+    source = task.stages[0].train_source()
+    source.tensors["x"][11, 2] = float("nan")
+    task.stages[0].train_source = lambda: source
     engine = build(tmp_path, task)
     # an epoch is four batches of 16: the row comes in one of them
     with pytest.raises(NonFiniteLossError, match=r"at step [1-4] in x of the batch.*mend the data"):

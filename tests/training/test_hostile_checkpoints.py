@@ -283,8 +283,8 @@ WRONG = {
     "a negative length": (number("metrics_bytes", -1), "metrics_bytes must not be negative"),
     "a stage that is not there": (number("stage", "gan"), "progress.stage is 'gan'; known: vae"),
     "a loader elsewhere": (
-        number("loader", {"dict": [["epoch", 0], ["index", 1]]}),
-        r"progress.loader is \{'epoch': 0, 'index': 1\}, which is not where 3 steps end",
+        number("loader", {"dict": [["batches", 1]]}),
+        r"progress.loader is \{'batches': 1\}, which is not where 3 steps end",
     ),
 }
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastgen.data import Batch, Source
 from fastgen.training.config import StageConfig
 from fastgen.training.draws import Draws
 
-Batch = dict[str, Tensor]
 Nets = Mapping[str, Callable[..., Any]]
 
 
@@ -47,8 +47,11 @@ class Stage(ABC):
     steps_done: int = 0
 
     @abstractmethod
-    def train_tensors(self) -> dict[str, Tensor | None]:
-        """The training data, first dimension N; called once, when the stage begins."""
+    def train_source(self) -> Source | Sequence[Source]:
+        """The training data; called once, when the stage begins.
+
+        A batch has rows of each, of several sources: theirs are names of their own.
+        """
 
     def optimizers(self) -> dict[str, Optimizer]:
         """Phase -> its optimiser, in the order of a step."""

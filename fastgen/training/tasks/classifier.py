@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgen.data import ImageDataset, ImageSplit
+from fastgen.data import ImageDataset, ImageSplit, Source, TensorSource
 from fastgen.models import Classifier
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
 from fastgen.training.draws import Draws
@@ -75,8 +75,8 @@ class ClassifierStage(Stage):
         self.modules = {"classifier": model}
         self.dataset = dataset
 
-    def train_tensors(self) -> dict[str, Tensor | None]:
-        return {"images": self.dataset.train.images, "labels": self.dataset.train.labels}
+    def train_source(self) -> Source:
+        return TensorSource(images=self.dataset.train.images, labels=self.dataset.train.labels)
 
     def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
         logits = nets["classifier"](batch["images"]).float()

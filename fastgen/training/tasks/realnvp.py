@@ -16,7 +16,15 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen.data import TOYS, ImageDataset, PointDataset, load_images, load_toy
+from fastgen.data import (
+    TOYS,
+    ImageDataset,
+    PointDataset,
+    Source,
+    TensorSource,
+    load_images,
+    load_toy,
+)
 from fastgen.data.toys import TOY_EXTENT
 from fastgen.models import ImageRealNVP, RealNVP
 from fastgen.models.realnvp import Flow
@@ -140,8 +148,8 @@ class FlowStage(Stage):
         self.modules = {"flow": model}
         self.train = train
 
-    def train_tensors(self) -> dict[str, Tensor | None]:
-        return {"x": self.train}
+    def train_source(self) -> Source:
+        return TensorSource(x=self.train)
 
     def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
         nll = -self.log_prob(nets["flow"], batch["x"], draws).mean()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from fastgen.data import ImageDataset
+from fastgen.data import ImageDataset, Source, TensorSource
 from fastgen.losses import (
     gradient_penalty,
     nonsaturating_discriminator_loss,
@@ -188,8 +188,8 @@ class StyleGANStage(Stage):
         if level > level_of(options.growth.start):
             self.fade_steps = round(options.growth.fade * config.steps)
 
-    def train_tensors(self) -> dict[str, Tensor | None]:
-        return {"images": self.task.at_level(self.task.dataset.train.images, self.level)}
+    def train_source(self) -> Source:
+        return TensorSource(images=self.task.at_level(self.task.dataset.train.images, self.level))
 
     def optimizers(self) -> dict[str, Optimizer]:
         """Also lets nothing but what this resolution uses be trained: all of it has gradients."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgen.data import ImageDataset, ImageSplit
+from fastgen.data import ImageDataset, ImageSplit, Source, TensorSource
 from fastgen.losses import Bernoulli, Gaussian, check_unit_range
 from fastgen.metrics import bits_per_dim, mean_and_error
 from fastgen.models import VAE
@@ -185,8 +185,8 @@ class VAEStage(Stage):
             dataset.train.images
         )
 
-    def train_tensors(self) -> dict[str, Tensor | None]:
-        return {"images": self.dataset.train.images}
+    def train_source(self) -> Source:
+        return TensorSource(images=self.dataset.train.images)
 
     def lr(self, step: int) -> float:
         first, steps = self.objective.elbo_steps, self.config.steps

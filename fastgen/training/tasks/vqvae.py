@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen.data import ImageDataset
+from fastgen.data import ImageDataset, Source, TensorSource
 from fastgen.losses import check_unit_range
 from fastgen.models import VQVAE, CodePrior
 from fastgen.training.config import EngineConfig, OptimizerConfig, StageConfig
@@ -173,8 +173,8 @@ class AutoencoderStage(Stage):
         self.model = model
         self.variance = data_variance(dataset)
 
-    def train_tensors(self) -> dict[str, Tensor | None]:
-        return {"images": self.dataset.train.images}
+    def train_source(self) -> Source:
+        return TensorSource(images=self.dataset.train.images)
 
     def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
         images = batch["images"]
@@ -218,9 +218,10 @@ class PriorStage(Stage):
         self.dataset = dataset
         self.positions = math.prod(prior.grid_shape)
 
-    def train_tensors(self) -> dict[str, Tensor | None]:
+    def train_source(self) -> Source:
         labels = self.dataset.train.labels if _conditional(self.modules) else None
-        return {"codes": encode_all(self.autoencoder, self.dataset.train.images), "labels": labels}
+        codes = encode_all(self.autoencoder, self.dataset.train.images)
+        return TensorSource(codes=codes, labels=labels)
 
     def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws) -> PhaseLoss:
         codes = batch["codes"].flatten(1)
