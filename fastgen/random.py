@@ -66,6 +66,7 @@ def make_key(seed: int, offset: int = 0, *, device: torch.device | str | None = 
     words = []
     for value, name in ((seed, "seed"), (offset, "offset")):
         _check_int(value, name, -(2**63), 2**64, "[-2^63, 2^64)")
+        value = value if isinstance(value, (int, torch.SymInt)) else int(value)
         words.append(value - 2**64 if value >= 2**63 else value)
     return torch.tensor(words, dtype=torch.int64, device=device)
 
@@ -84,13 +85,16 @@ def derive_key(seed: int, *data: int, device: torch.device | str | None = None) 
         int64 (2,).
 
     Raises:
-        TypeError: a number that is no int.
-        ValueError: one out of range.
+        TypeError: `seed` or one of `data` is not an int.
+        ValueError: one is out of range.
     """
     seed, offset = make_key(seed).tolist()
     for value in data:
-        _check_int(value, "data", 0, 2**63, "[0, 2^63)")
-        seed, offset = _fold((seed, offset), value)
+        if not is_whole(value):
+            raise TypeError(f"data: expected ints, got {type(value).__name__}")
+        if not 0 <= value < 2**63:
+            raise ValueError(f"data: expected numbers in [0, 2^63), got {value}")
+        seed, offset = _fold((seed, offset), int(value))
     words = [word - 2**64 if word >= 2**63 else word for word in (seed, offset)]
     key = torch.tensor(words, dtype=torch.int64)
     if device is None or torch.device(device).type != "cuda":
@@ -149,23 +153,6 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     return torch.cat(_fold((key[:1], key[1:].expand(data.shape)), data), -1)
 
 
-def skip_blocks(key: Tensor, count: int | Tensor) -> Tensor:
-    """The key of the same stream from its block `count` on, that is from its value 4 `count` on.
-
-    Args:
-        key: int64 (2,).
-        count: a number, or an int64 tensor () on the key's device.
-
-    Returns:
-        int64 (2,).
-
-    Raises:
-        TypeError, ValueError: `key` is not a key.
-    """
-    check_key(key)
-    return torch.stack((key[0], key[1] + count))
-
-
 def _check_data(data: Tensor, key: Tensor) -> None:
     """Raises where `data` is no tensor for :func:`fold_in`."""
     if data.dtype != torch.int64:
@@ -177,6 +164,29 @@ def _check_data(data: Tensor, key: Tensor) -> None:
     readable = data.is_cpu and type(data) is Tensor and not torch.compiler.is_compiling()
     if readable and not torch._C._are_functorch_transforms_active() and (data < 0).any():
         raise ValueError(f"data: expected numbers in [0, 2^63), got {int(data.min())}")
+
+
+def skip_blocks(key: Tensor, count: int | Tensor) -> Tensor:
+    """The key of the same stream from its block `count` on, that is from its value 4 `count` on.
+
+    Args:
+        key: int64 (2,).
+        count: a number in [-2^63, 2^63), or an int64 tensor () on the key's device.
+
+    Returns:
+        int64 (2,).
+
+    Raises:
+        TypeError, ValueError: `key` is not a key, or `count` is not such a number.
+    """
+    check_key(key)
+    if not isinstance(count, Tensor):
+        _check_int(count, "count", -(2**63), 2**63, "[-2^63, 2^63)")
+    elif count.dtype != torch.int64:
+        raise TypeError(f"count: expected an int or int64, got {count.dtype}")
+    elif count.dim() != 0:
+        raise ValueError(f"count: expected shape (), got {tuple(count.shape)}")
+    return torch.stack((key[0], key[1] + count))
 
 
 def philox_words(key: Tensor, count: int) -> Tensor:

@@ -153,7 +153,7 @@ def test_derived_keys_are_folded(seed):
     assert torch.equal(random.derive_key(seed, 3, 2**62), folded)
     assert torch.equal(random.derive_key(seed), random.make_key(seed))
     for bad in (-1, 2**63):
-        with pytest.raises(ValueError, match=r"data: expected a number in \[0, 2\^63\), got"):
+        with pytest.raises(ValueError, match=r"data: expected numbers in \[0, 2\^63\), got"):
             random.derive_key(seed, 0, bad)
 
 
@@ -208,6 +208,15 @@ def test_bad_data_is_named(data, error, message):
         (lambda: random.make_key(1.5), "seed: expected an int, got float"),
         (lambda: random.make_key("7"), "seed: expected an int, got str"),
         (lambda: random.make_key(1, None), "offset: expected an int, got NoneType"),
+        (lambda: random.derive_key(1, 2.0), "data: expected ints, got float"),
+        (
+            lambda: random.skip_blocks(random.make_key(1), 1.5),
+            "count: expected an int, got float",
+        ),
+        (
+            lambda: random.skip_blocks(random.make_key(1), torch.tensor(1.5)),
+            "count: expected an int or int64, got torch.float32",
+        ),
         (lambda: random.draw_key(generator=7), "generator: expected a torch.Generator, got int"),
         (lambda: random.philox_words(random.make_key(1), 2.0), "count: expected an int, got float"),
         (lambda: ops.normal(random.make_key(1), 5), "size: expected a sequence of ints, got int"),
@@ -242,6 +251,7 @@ def test_numbers_of_numpy_are_numbers():
     key = random.make_key(np.int64(3), np.uint8(4))
     assert torch.equal(key, random.make_key(3, 4))
     assert torch.equal(random.fold_in(key, np.int64(2)), random.fold_in(key, 2))
+    assert torch.equal(random.make_key(np.uint64(2**64 - 1)), random.make_key(-1))
     assert ops.normal(key, [np.int64(3), 2]).shape == (3, 2)
 
 
