@@ -2,12 +2,14 @@
 
 usage: torchrun ... ranks_train.py FOLDER, which holds runs.json: name of a run -> its configuration
 
-Each run is trained in FOLDER/name. It ends with an error after the first step that leaves the
-processes with different weights, and if it leaves a thread of the process group behind.
+Each run is trained in FOLDER/name. One that fails, as it does after the first step that leaves the
+processes with different weights, leaves FOLDER/name.error; the last assertion is that no thread of
+the process group is left.
 """
 
 import json
 import sys
+import traceback
 from pathlib import Path
 
 import accelerate
@@ -34,8 +36,10 @@ def step(self: StageRun) -> None:
 def main(folder: Path) -> None:
     StageRun.step = step
     for name, config in json.loads((folder / "runs.json").read_text()).items():
-        print(f"{name}: begins", file=sys.stderr, flush=True)
-        start_run(*config_from_dict(config), folder / name)
+        try:
+            start_run(*config_from_dict(config), folder / name)
+        except Exception:
+            (folder / f"{name}.error").write_text(traceback.format_exc())
         accelerate.state.AcceleratorState._reset_state()
     accelerate.state.PartialState._reset_state()
     leave_process_group()

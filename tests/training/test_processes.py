@@ -15,8 +15,6 @@ from fastgen.training.checkpoint import list_checkpoints, load_checkpoint
 OPTIONS = [
     "--autoencoder.steps=12",
     "--prior.steps=12",
-    "--model.kmeans_init=false",
-    "--model.revive_after=null",
     "--engine.cpu=true",
     "--engine.checkpoint_every=5",
     "--engine.log_every=4",
