@@ -105,7 +105,7 @@ def the_mean_of_w_is_that_of_all_latents(rank):
     generator = StyleGANGenerator(8, latent_dim=4, channel_base=16, channel_max=4)
     z = torch.randn(ROWS, 4)
     generator(z.chunk(2)[rank])
-    expected = 0.005 * generator.mapping(z).mean(0)
+    expected = 0.9 * generator.mapping(z).mean(0)  # a first average is mostly the first mean
     torch.testing.assert_close(generator.w_mean, expected)
 
 

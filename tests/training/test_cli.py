@@ -261,13 +261,21 @@ def test_options_of_the_evaluation_with_a_space(tmp_path, monkeypatch):
         assert json.loads(Path("run/eval.json").read_text())["test"]["samples"] == 5
 
 
+#: Also where the tests run in the background, as shells start it: there Ctrl-C is ignored.
+INTERRUPT = """
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.raise_signal(signal.SIGINT)
+"""
+
+
 @pytest.mark.parametrize("module", ["torch", "accelerate"])
 @pytest.mark.parametrize("program", ["fastgen.cli", "fastgen.demo"])
 def test_an_interrupt_while_importing_is_one_line(tmp_path, module, program):
     """The first is imported with fastgen itself, before its `main`."""
     (tmp_path / module).mkdir()
-    interrupt = "import signal; signal.raise_signal(signal.SIGINT)"
-    (tmp_path / module / "__init__.py").write_text(interrupt)
+    (tmp_path / module / "__init__.py").write_text(INTERRUPT)
     path = f"{tmp_path}{os.pathsep}{Path(fastgen.__file__).parents[1]}"
     done = subprocess.run(
         [sys.executable, "-m", program, *(["train", "vae"] if program == "fastgen.cli" else [])],

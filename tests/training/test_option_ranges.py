@@ -93,7 +93,7 @@ def test_every_number_has_a_range():
 class OneStep:
     """In the place of the engine: a step of each stage, without files."""
 
-    def __init__(self, task, config, run, accelerator):
+    def __init__(self, task, config, run, accelerator, origin):
         self.task, self.config, self.accelerator = task, config, accelerator
 
     def train(self):

@@ -524,7 +524,7 @@ def test_groups_that_processes_would_cut_apart_are_refused(tmp_path, monkeypatch
     [
         ("--no_such_option=1", "no_such_option"),
         ("--data=no_such_data", "data set 'no_such_data' is not known"),
-        ("--engine.log_every=0", "engine.log_every must be at least 1, got 0"),
+        ("--engine.log_every=0", "engine.log_every must be an integer in [1, 1000000000], got 0"),
     ],
 )
 def test_a_bad_option_stops_it_in_one_line(name, option, message, tmp_path, monkeypatch, capsys):
