@@ -16,6 +16,7 @@ from torch.nn.functional import embedding, normalize
 
 from fastgen import ops
 from fastgen.nn import _kmeans
+from fastgen.nn._ranks import shared
 from fastgen.ops import _check
 from fastgen.ops._snapshot import snapshot
 
@@ -163,7 +164,7 @@ class Codebook(nn.Module):
 
     def start(self, rows: Tensor, valid: Tensor) -> None:
         """Once, in the first training step that has valid rows: `kmeans_init`."""
-        several = _kmeans.shared(self.sync)
+        several = shared(self.sync)
         if self._initialized and (self._agreed or not several or not self.kmeans_init):
             return
         if not several:

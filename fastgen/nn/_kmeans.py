@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastgen import ops
+from fastgen.nn._ranks import shared
 
 __all__ = [
     "Draw",
@@ -25,7 +26,6 @@ __all__ = [
     "kmeans",
     "picks",
     "row_statistics",
-    "shared",
     "spare",
 ]
 
@@ -42,11 +42,6 @@ class Draw(NamedTuple):
     total: Tensor
     before: Tensor
     numbers: Tensor
-
-
-def shared(sync: bool) -> bool:
-    """Whether statistics are summed over ranks: `sync`, and there is more than one."""
-    return sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_reduce(packed: Tensor, sync: bool) -> Tensor:

@@ -19,7 +19,14 @@ from torch.nn.utils.parametrizations import weight_norm as new_weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.models.flow_layers import FlowBatchNorm, Permutation, Standardize
-from fastgen.nn import AffineCoupling, Invertible, InvertibleChain, RQSplineCoupling
+from fastgen.nn import (
+    AffineCoupling,
+    Dropout,
+    Invertible,
+    InvertibleChain,
+    RQSplineCoupling,
+    keyed_dropout,
+)
 
 DIM = 6
 
@@ -380,8 +387,9 @@ def test_torch_func(name):
     torch.testing.assert_close(func_gradients(reversible, x), func_gradients(plain, x))
 
 
-def test_backward_through_vmap():
-    plain, reversible = (warmed(chain).eval() for chain in pair(CHAINS["of torch alone"]))
+@pytest.mark.parametrize("name", ["affine", "of torch alone"])
+def test_backward_through_vmap(name):
+    plain, reversible = (warmed(chain).eval() for chain in pair(CHAINS[name]))
     found = []
     for chain in (plain, reversible):
         x = batch()
@@ -576,6 +584,21 @@ def test_random_numbers_of_backward_alone_are_refused():
     message = r"layers\.1 \(AffineCoupling\): expected to do the same again in backward"
     with pytest.raises(RuntimeError, match=message):
         first_order(chain, batch())
+
+
+def test_dropout_by_a_key_needs_the_key_in_backward_too():
+    key = torch.tensor([1, 2])
+
+    def step(chain, x):
+        with keyed_dropout([chain], key, count=len(x)):
+            first_order(chain, x)
+
+    plain, reversible = pair(lambda: couplings(lambda: net(Dropout(0.3))))
+    assert_same(results(reversible, step), results(plain, step))
+    with keyed_dropout([reversible], key):
+        loss = weighted(*reversible(batch()))
+    with pytest.raises(RuntimeError, match=r"layers\.3 .* drew random numbers"):
+        loss.backward()
 
 
 def test_modules_of_torch_jit_are_refused():
