@@ -245,9 +245,12 @@ def _coefficients(
     Notation of fastgen.ops.instance_norm: r = 1 / sqrt(var + eps), a = r scale; a bar is a mean,
     xhat = r d. With alpha = -a mean(dy xhat) and beta = p - a mean(u xhat), order 2 is
 
-        of dy:  a (u - ubar) + r beta d + q
-        of x:   r (alpha (u - ubar) + beta (dy - dybar)) - r^2 d (alpha mean(u xhat)
-                + beta mean(dy xhat) + of_scale a / (r n)).
+        of dy:  a (u - ubar) + beta xhat + q
+        of x:   r (alpha (u - ubar) + beta (dy - dybar) - xhat (alpha mean(u xhat)
+                + beta mean(dy xhat) + of_scale a / (r n)))
+
+    and order 1 a (dy - dybar - d r mean(dy xhat)). No r is multiplied by another before it meets
+    the values: squares of it are infinite where the results are not.
     """
     _, _, plane, _, _, size, _ = place
     n = tl.cast(size, S)
@@ -255,22 +258,17 @@ def _coefficients(
     r = _rsqrt(var + EPS, EPS, T)
     a = r * _parameter(scale_ptr, place, SCALE, 1.0, S)
     zero = tl.zeros_like(a)
-    dy_mean, u_mean, by_u, by_dy, by_d, x_by_u, x_by_dy, x_by_d = (
-        zero, zero, zero, zero, zero, zero, zero, zero,
-    )  # fmt: skip
-    if ORDER == 0:
-        by_d = a
-    else:
+    dy_mean, u_mean, alpha, beta, along = zero, zero, zero, zero, zero
+    if ORDER > 0:
         dy_mean = inverse_n * totals[0]
         dy_xhat = r * (inverse_n * totals[1])
     if ORDER == 1:
         tl.store(of_scale_ptr + plane, r * totals[1], _writes(place))
         tl.store(of_shift_ptr + plane, totals[0], _writes(place))
-        by_dy = a
-        by_d = -a * dy_xhat * r
+        along = -r * dy_xhat
     if ORDER == 2:
         beta = _parameter(p_ptr, place, P, 0.0, S)
-        alpha, u_xhat, projected = zero, zero, zero
+        u_xhat, projected = zero, zero
         if HAS_U:
             u_mean = inverse_n * totals[2]
             u_xhat = r * (inverse_n * totals[3])
@@ -279,15 +277,11 @@ def _coefficients(
             alpha = -a * dy_xhat
             beta -= a * u_xhat
         tl.store(of_scale_ptr + plane, r * n * projected, _writes(place))
-        by_u = a
-        by_d = r * beta
-        x_by_u = r * alpha
-        x_by_dy = r * beta
-        x_by_d = -r * r * (alpha * u_xhat + beta * dy_xhat + a * projected)
+        along = -(alpha * u_xhat + beta * dy_xhat + a * projected)
     high, low = _pair(mean, T)
     constant = _parameter(q_ptr, place, Q, 0.0, S)
-    return (high, low, dy_mean.to(T), u_mean.to(T), by_u.to(T), by_dy.to(T), by_d.to(T),
-            constant.to(T), x_by_u.to(T), x_by_dy.to(T), x_by_d.to(T))  # fmt: skip
+    return (high, low, dy_mean.to(T), u_mean.to(T), constant.to(T), a.to(T), r.to(T), alpha.to(T),
+            beta.to(T), along.to(T))  # fmt: skip
 
 
 @triton.jit
@@ -302,22 +296,23 @@ def _map(
     T: tl.constexpr,
 ):
     """Writes the results of a tile."""
-    high, low, dy_mean, u_mean, by_u, by_dy, by_d, constant, x_by_u, x_by_dy, x_by_d = line
+    high, low, dy_mean, u_mean, constant, a, r, alpha, beta, along = line
     base, inner, mask = tile
     u, dy, x = values
     d = (x.to(T) - high) - low
-    out = d * by_d
-    if ORDER == 1:
-        out += (dy.to(T) - dy_mean) * by_dy
+    if ORDER == 0:
+        out = d * a + constant
+    elif ORDER == 1:
+        out = (dy.to(T) - dy_mean + d * along) * a
     else:
-        out += constant
-    if ORDER == 2:
-        of_x = (dy.to(T) - dy_mean) * x_by_dy + d * x_by_d
+        xhat = d * r
+        out = xhat * beta + constant
+        of_x = (dy.to(T) - dy_mean) * beta + xhat * along
         if HAS_U:
             u = u.to(T) - u_mean
-            out += u * by_u
-            of_x += u * x_by_u
-        tl.store(of_x_ptr + base + inner, of_x, mask)
+            out += u * a
+            of_x += u * alpha
+        tl.store(of_x_ptr + base + inner, of_x * r, mask)
     tl.store(out_ptr + base + inner, out, mask)
 
 

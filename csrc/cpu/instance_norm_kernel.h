@@ -35,7 +35,8 @@ struct ForwardMap {
   FASTGEN_INLINE Vec<T> operator()(Vec<T> x) const { return centred_map(x, centre, gain, offset); }
 };
 
-// grad_x = a * (grad_y - mean(grad_y) - xhat * mean(grad_y * xhat)), as linear maps of the centred values.
+// grad_x = a * (grad_y - mean(grad_y) - k * (x - mean)) with k = r * mean(grad_y * xhat), r = 1 / std, a = r *
+// scale: linear maps of the centred values. a * k can be infinite where grad_x is not.
 template <class T>
 struct BackwardMap {
   Vec<T> grad_centre, gain, centre, slope, offset;
@@ -46,20 +47,21 @@ struct BackwardMap {
     const Wide<T> count(static_cast<double>(size)), zero;
     const Wide<T> rstd = Wide<T>(1.0) / sqrt(var + Wide<T>(eps));
     grad_scale = product * rstd;
-    const Wide<T> a = widen(scale) * rstd, b = zero - a * rstd * grad_scale / count;
+    const Wide<T> a = widen(scale) * rstd, k = rstd * (grad_scale / count);
     const SplitMean<T> g(sum / count), m(mean);
     grad_centre = g.centre();
     gain = narrow(a + a);
     centre = m.centre();
-    slope = narrow(b + b);
-    offset = narrow(zero - a * g.low - b * m.low);
+    slope = narrow(zero - k);
+    offset = narrow(a * (k * m.low - g.low));
   }
 };
 
 template <class T>
 FASTGEN_INLINE Vec<T> backward_map(Vec<T> gy, Vec<T> x, Vec<T> grad_centre, Vec<T> gain, Vec<T> centre,
                                    Vec<T> slope, Vec<T> offset) {
-  return centred_map(gy, grad_centre, gain, centred_map(x, centre, slope, offset));
+  const Vec<T> half(T(0.5));
+  return fma(fma(fma(x, half, centre), slope, fma(gy, half, grad_centre)), gain, offset);
 }
 
 template <class S>

@@ -25,7 +25,7 @@ __all__ = ["adain"]
 
 def adain_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """The op in plain PyTorch; arguments as :func:`adain`, all positional."""
-    xhat, _, _ = normalise(x, eps)
+    xhat, _, _, _ = normalise(x, eps)
     return (xhat * scale[:, :, None] + shift[:, :, None]).to(x.dtype).reshape(x.shape)
 
 

@@ -19,6 +19,7 @@ Backends: triton, cpu, reference.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -129,20 +130,35 @@ _register_vmap("instance_norm_bwd", (1, 2))
 _register_vmap("instance_norm_bwd_bwd", (2,))
 
 
-def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """xhat (B, C, N), mean and biased variance (B, C, 1), in plain torch and arithmetic dtype."""
+def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """xhat (B, C, N), 1 / sqrt(var + eps), mean and biased variance (B, C, 1), in plain torch and
+    arithmetic dtype.
+
+    Deviations are centred twice, for the mean is rounded as the values are. Where powers of them
+    could leave the range of the dtype, they are squared in a unit of their size, which cancels.
+    """
     flat = x.to(accumulate_dtype(x.dtype)).flatten(2)
     mean = flat.mean(2, keepdim=True)
     centred = flat - mean
+    unit = torch.ones_like(mean)
+    if x.numel():
+        size = centred.detach().abs().amax(2, keepdim=True)
+        size = size.clamp(min=max(math.sqrt(eps), torch.finfo(flat.dtype).tiny))
+        unit = torch.where((size > 1e-6) & (size < 1e6), unit, size)
+    centred = centred / unit
+    # Zero but for rounding, and so is its gradient.
+    rest = centred.detach().mean(2, keepdim=True)
+    centred = centred - rest
     var = centred.square().mean(2, keepdim=True)
-    return centred * (var + eps).rsqrt(), mean, var
+    rstd = (var + (math.sqrt(eps) / unit).square()).rsqrt()
+    return centred * rstd, rstd / unit, mean + rest * unit, var * unit * unit
 
 
 def instance_norm_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain PyTorch; arguments and results as :func:`instance_norm_with_stats`."""
-    xhat, mean, var = normalise(x, eps)
+    xhat, _, mean, var = normalise(x, eps)
     y = xhat if weight is None else xhat * weight[:, None]
     y = y if bias is None else y + bias[:, None]
     return y.to(x.dtype).reshape(x.shape), mean.detach().flatten(1), var.detach().flatten(1)
@@ -237,46 +253,94 @@ def second_order_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients, by grad_y, x and scale, of <u, grad_x> + <p, grad_scale> + <q, grad_shift>.
 
-    Raw operator instance_norm_bwd_bwd in plain PyTorch. scale, p and q are (C,) or (B, C), None for
-    one and zero; mean and var are those of x, and not used. With r = 1 / sqrt(var + eps) and the
-    symmetric map P(v) = v - mean(v) - xhat * mean(v * xhat), grad_x is scale * r * P(grad_y), the
-    Jacobian of xhat is r * P and that of r is -r^2 * xhat / n.
+    Raw operator instance_norm_bwd_bwd in plain PyTorch, differentiable: mean and var are those of
+    x, and not used. scale, p and q are (C,) or (B, C), None for one and zero.
     """
-    dtype = accumulate_dtype(x.dtype)
-    xhat, _, var = normalise(x, eps)
-    # Planes without elements have no variance, and nothing that depends on it.
-    r = (var + eps).rsqrt() if x.numel() else torch.zeros_like(var)
-    a = r if scale is None else r * scale.to(dtype)[..., None]
-    dy = grad_y.to(dtype).flatten(2)
-    u = torch.zeros_like(dy) if u is None else u.to(dtype).flatten(2)
-    p, q = (None if t is None else t.to(dtype)[..., None] for t in (p, q))
+    xhat, rstd, _, _ = normalise(x, eps)
+    return _second_order(grad_y, x, xhat, rstd, scale, u, p, q)
+
+
+def _second_order_cpu(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor | None,
+    u: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`second_order_reference` of the float64 statistics that the forward pass computed."""
+    flat = x.to(accumulate_dtype(x.dtype)).flatten(2)
+    mean, rstd = mean[..., None], (var + eps).rsqrt()[..., None]
+    high = mean.to(flat.dtype)
+    # A mean of many digits, as the values have them and then the rest.
+    centred = (flat - high).sub_((mean - high).to(flat.dtype))
+    return _second_order(grad_y, x, centred.mul_(rstd.to(flat.dtype)), rstd, scale, u, p, q)
+
+
+def _second_order(
+    grad_y: Tensor,
+    x: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    u: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`second_order_reference`, of xhat (B, C, N) and r = rstd (B, C, 1).
+
+    With a = r scale, v the deviations of grad_y and w those of u from their means, alpha =
+    -a mean(v xhat), beta = p - a mean(w xhat) and c = mean(v w) - mean(v xhat) mean(w xhat), the
+    gradients are a w + beta xhat + q, r (alpha w + beta v - (alpha mean(w xhat) + beta mean(v xhat)
+    + a c) xhat) and r n c. What there is one of for each plane is of float64: r can be large and
+    its powers no float32, where the gradients still are.
+    """
+    dtype = xhat.dtype
+    rstd = rstd.double() if x.numel() else torch.zeros_like(rstd, dtype=torch.float64)
+    scale_dims = 2 if scale is None else scale.dim()
+    scale, p, q = (None if t is None else t.double()[..., None] for t in (scale, p, q))
+    a = rstd if scale is None else rstd * scale
 
     def mean_of(t: Tensor) -> Tensor:
-        return t.mean(2, keepdim=True)
+        return t.sum(2, keepdim=True, dtype=torch.float64) / max(1, t.shape[2])
 
-    def project(v: Tensor) -> Tensor:
-        return v - mean_of(v) - xhat * mean_of(v * xhat)
+    def deviations(t: Tensor) -> Tensor:
+        t = t.to(dtype).flatten(2)
+        return t - t.mean(2, keepdim=True)
 
-    projected = project(u)
-    of_grad_y = a * projected
-    of_xhat = -a * (mean_of(dy * xhat) * u + mean_of(u * xhat) * dy)
-    if p is not None:
-        of_grad_y = of_grad_y + p * xhat
-        of_xhat = of_xhat + p * dy
+    v = deviations(grad_y)
+    v_xhat = mean_of(v * xhat)
+    beta = torch.zeros_like(a) if p is None else p.expand_as(a)
+    if u is None:
+        shared = torch.zeros_like(a)
+        of_grad_y = beta.to(dtype) * xhat
+        of_x = beta.to(dtype) * v - (beta * v_xhat).to(dtype) * xhat
+    else:
+        w = deviations(u)
+        w_xhat = mean_of(w * xhat)
+        shared = mean_of(v * w) - v_xhat * w_xhat
+        alpha, beta = -a * v_xhat, beta - a * w_xhat
+        along = alpha * w_xhat + beta * v_xhat + a * shared
+        alpha, beta, along = (t.to(dtype) for t in (alpha, beta, along))
+        of_grad_y = a.to(dtype) * w + beta * xhat
+        of_x = alpha * w + beta * v - along * xhat
+    of_x = rstd.to(dtype) * of_x
     if q is not None:
-        of_grad_y = of_grad_y + q
-    of_x = r * project(of_xhat) - a * r * mean_of(dy * projected) * xhat
-    of_scale = (r * (dy * projected).sum(2, keepdim=True)).flatten(1)
-    if scale is not None and scale.dim() == 1:
+        of_grad_y = of_grad_y + q.to(dtype)
+    of_scale = (rstd * (xhat.shape[2] * shared)).flatten(1)
+    if scale_dims == 1:
         of_scale = of_scale.sum(0)
 
     def like_x(t: Tensor) -> Tensor:
         return t.to(x.dtype).reshape(x.shape).contiguous(memory_format=_layout(x))
 
-    return like_x(of_grad_y), like_x(of_x), of_scale
+    return like_x(of_grad_y), like_x(of_x), of_scale.to(dtype)
 
 
-_library.LIBRARY.impl("instance_norm_bwd_bwd", second_order_reference, "CPU")
+_library.LIBRARY.impl("instance_norm_bwd_bwd", _second_order_cpu, "CPU")
 _library.register_triton(
     "instance_norm", "instance_norm_fwd", "instance_norm_bwd", "instance_norm_bwd_bwd"
 )

@@ -1,5 +1,6 @@
 """What is special to instance_norm and adain: accuracy, layouts, planes that are not finite."""
 
+import functools
 import itertools
 
 import pytest
@@ -39,6 +40,16 @@ def exact_instance_norm(x, weight, bias, eps):
     )
 
 
+def assert_no_worse(actual, plain, exact, backend, what="output"):
+    """Within one unit in the last place of torch's own error; for the reference, a composition of
+    float32 operations each of which rounds, within twice that and four units of the largest."""
+    if backend == "reference":
+        largest = exact.abs().amax().expand_as(exact)
+        assert_accurate(actual, plain, exact, magnitude=largest, what=what)
+    else:
+        assert_accurate(actual, plain, exact, factor=1, ulps=1, what=what)
+
+
 def affine(channels, dtype):
     return torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
 
@@ -50,10 +61,11 @@ def with_leaves(*tensors):
 # --- accuracy ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", backends_here("instance_norm"))
 @pytest.mark.parametrize("dtype", REDUCED)
 @pytest.mark.parametrize("mean", (0.0, 1.0, 1e2, 1e4))
 @pytest.mark.parametrize("plane", PLANES, ids=str)
-def test_no_worse_than_torch(plane, mean, dtype):
+def test_no_worse_than_torch(plane, mean, dtype, backend):
     """Within one unit in the last place of torch's own error, mean/std up to 1e4, gradients too."""
     x = (torch.randn(2, 3, *plane) + mean).to(dtype)
     weight, bias = affine(3, dtype)
@@ -62,14 +74,66 @@ def test_no_worse_than_torch(plane, mean, dtype):
     plain_leaves, leaves = with_leaves(x, weight, bias), with_leaves(x, weight, bias)
     exact = exact_instance_norm(*exact_leaves, 1e-5)
     plain = F.instance_norm(plain_leaves[0], weight=plain_leaves[1], bias=plain_leaves[2])
-    actual = ops.instance_norm(*leaves, backend=FUSED)
-    assert_accurate(actual, plain, exact, factor=1, ulps=1)
+    actual = ops.instance_norm(*leaves, backend=backend)
+    assert_no_worse(actual, plain, exact, backend)
     grads = [
         torch.autograd.grad(y, inputs, cotangent.to(y.dtype))
         for y, inputs in ((actual, leaves), (plain, plain_leaves), (exact, exact_leaves))
     ]
     for name, results in zip(("x", "weight", "bias"), zip(*grads, strict=True), strict=True):
-        assert_accurate(*results, factor=1, ulps=1, what=f"gradient of {name}")
+        assert_no_worse(*results, backend, f"gradient of {name}")
+
+
+def first_and_second_order(function, x, scale, shift, grad_y, u, p, q):
+    """Gradients by (x, scale, shift), and those of their products with (u, p, q) by (grad_y, x,
+    scale)."""
+    x, scale, shift, grad_y = with_leaves(x, scale, shift, grad_y)
+    y = function(x, scale, shift)
+    first = torch.autograd.grad(y, (x, scale, shift), grad_y, create_graph=True)
+    loss = sum((g * t).sum() for g, t in zip(first, (u, p, q), strict=True))
+    return *first, *torch.autograd.grad(loss, (grad_y, x, scale))
+
+
+def plain_adain(x, scale, shift):
+    return F.instance_norm(x) * scale[..., None, None] + shift[..., None, None]
+
+
+def plain_instance_norm(x, weight, bias):
+    return F.instance_norm(x, weight=weight, bias=bias)
+
+
+GRADIENTS = ("x", "scale", "shift", "grad_y, second", "x, second", "scale, second")
+NORMS = {
+    ops.adain: (plain_adain, lambda shape: shape[:2]),
+    ops.instance_norm: (plain_instance_norm, lambda shape: shape[1:2]),
+}
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("backend", [*ISAS, "reference"])
+@pytest.mark.parametrize("mean", (1.0, 1e2, 1e3, 1e4))
+@pytest.mark.parametrize("op", NORMS)
+def test_second_order_is_no_worse_than_torch(op, mean, backend, channels_last, isa):
+    """The fused backend on every instruction set, and the reference."""
+    if backend != "reference" and not isa(backend):
+        pytest.skip(f"this machine has no {backend}")
+    backend = "reference" if backend == "reference" else FUSED
+    plain_function, parameter_shape = NORMS[op]
+    for shape in (2, 3, 16, 16), (2, 20, 33, 35):
+        x, grad_y, u = torch.randn(shape) + mean, torch.randn(shape), torch.randn(shape)
+        arguments = (x, *torch.randn(2, *parameter_shape(shape)), grad_y, u)
+        arguments += tuple(torch.randn(2, *parameter_shape(shape)))
+        doubles = [t.double() for t in arguments]
+        exact = first_and_second_order(functools.partial(op, backend="reference"), *doubles)
+        plain = first_and_second_order(plain_function, *arguments)
+        if channels_last:
+            arguments = [
+                t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+                for t in arguments
+            ]
+        actual = first_and_second_order(functools.partial(op, backend=backend), *arguments)
+        for name, results in zip(GRADIENTS, zip(actual, plain, exact, strict=True), strict=True):
+            assert_no_worse(*results, backend, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("channels_last", (False, True))
@@ -211,6 +275,29 @@ def test_extreme_values_stay_finite(values):
     y = ops.instance_norm(x, backend=FUSED)
     assert F.instance_norm(x).isfinite().all() and y.isfinite().all()
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("size", (25, 1000))
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("backend", [*ISAS, "reference"])
+@pytest.mark.parametrize("op", NORMS)
+def test_gradients_of_a_tiny_deviation(op, backend, channels_last, size, isa):
+    """Powers of 1 / std leave the range of float32, gradients of first and second order do not."""
+    if backend != "reference" and not isa(backend):
+        pytest.skip(f"this machine has no {backend}")
+    backend = "reference" if backend == "reference" else FUSED
+    shape, eps = (2, 3, size, 1), 1e-45
+    x, grad_y, u = torch.randn(shape) * 1e-20, torch.randn(shape), torch.randn(shape) * 1e-20
+    if channels_last:
+        x = x.expand(2, 3, size, 2).contiguous(memory_format=torch.channels_last)
+        grad_y, u = grad_y.expand_as(x), u.expand_as(x)
+    parameter_shape = NORMS[op][1](shape)
+    arguments = [x, *torch.randn(2, *parameter_shape), grad_y, u, *torch.randn(2, *parameter_shape)]
+    doubles = [t.double() for t in arguments]
+    exact = first_and_second_order(functools.partial(op, eps=eps, backend="reference"), *doubles)
+    actual = first_and_second_order(functools.partial(op, eps=eps, backend=backend), *arguments)
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=1e-6 * e.abs().max().item())
 
 
 # --- layouts and threads ------------------------------------------------------------------------
