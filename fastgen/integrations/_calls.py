@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 from fastgen.ops._autograd import accumulate_dtype, under_autocast
 from fastgen.ops._check import FLOATS
@@ -21,6 +22,7 @@ __all__ = [
     "reason_against",
     "reason_against_dtypes",
     "reason_against_minima",
+    "reason_against_tracer",
 ]
 
 
@@ -34,10 +36,28 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def reason_against_dtypes(*tensors: Tensor) -> str | None:
-    """Why no op of fastgen computes with such tensors, whatever their shapes, or None."""
+def reason_against_tracer(*inputs: Any) -> str | None:
+    """Why a call is for PyTorch's own operators, whatever its tensors hold, or None.
+
+    Forward mode has no rule for fastgen's; torch.jit.trace would write them into a file that other
+    programs load, torch.onnx.export cannot; and what torch.fx passes are no tensors.
+    """
     if in_forward_mode():
         return "forward-mode differentiation"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "torch.onnx.export"
+    for x in inputs:
+        if isinstance(x, Proxy):
+            return "torch.fx.symbolic_trace"
+    return None
+
+
+def reason_against_dtypes(*tensors: Tensor) -> str | None:
+    """Why no op of fastgen computes with such tensors, whatever their shapes, or None."""
+    if (reason := reason_against_tracer(*tensors)) is not None:
+        return reason
     for t in tensors:
         if t.dtype not in FLOATS:
             return f"tensors of {t.dtype}"

@@ -36,10 +36,12 @@ class Given:
 
 def reason_against(x: Tensor, *parameters: Tensor) -> str | None:
     """Why our ops cannot transform x by parameters that ought to have its shape, or None."""
+    if (reason := reason_against_dtypes(x, *parameters)) is not None:
+        return reason
     for t in parameters:
         if t.shape != x.shape:
             return f"parameters of shape {tuple(t.shape)} for an input of shape {tuple(x.shape)}"
-    return reason_against_dtypes(x, *parameters)
+    return None
 
 
 def slower_on_cpu(layer: str) -> str:

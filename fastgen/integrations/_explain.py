@@ -44,7 +44,7 @@ def explain(subject: str | nn.Module, *args: Any, **kwargs: Any) -> Explanation 
 
 
 def _explain_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Explanation:
-    found = _library.by_fused().get(type(module))
+    found = _library.by_fused().get(_library.kind_of(module))
     if found is not None:
         swap, library = found
         own_code = getattr(module, "own_code", None)

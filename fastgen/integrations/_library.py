@@ -24,16 +24,20 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 
 __all__ = [
     "Function",
     "Library",
     "Swap",
     "by_fused",
+    "change_kind",
     "find",
     "fingerprint",
+    "kind_of",
     "loaded",
     "names",
+    "own_method",
     "run_own_code",
 ]
 
@@ -150,6 +154,9 @@ def fingerprint(*pieces: type | Callable) -> str:
     return digest.hexdigest()[:16]
 
 
+#: The files of PyTorch that derive a class from that of a module for this module alone.
+_DERIVE_CLASSES = ("torch.nn.utils.parametrize", "torch.distributed.")
+
 #: The libraries covered, and the file of this package that covers each.
 _FILES = {
     "FrEIA": "freia",
@@ -206,9 +213,55 @@ def _warn_once(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
+def kind_of(module: nn.Module) -> type:
+    """The class of a module, or that which it had before PyTorch put another over it.
+
+    torch.nn.utils.parametrize and the sharding of torch.distributed derive a class from a module's
+    own and make it that module's.
+    """
+    return _beneath(type(module))
+
+
+def _beneath(kind: type) -> type:
+    while kind.__module__.startswith(_DERIVE_CLASSES):
+        kind = kind.__bases__[-1]
+    return kind
+
+
+def change_kind(module: nn.Module, kind: type) -> None:
+    """Makes `kind` the class that :func:`kind_of` has for this module."""
+    module.__class__ = _derived_as(type(module), kind)
+
+
+def _derived_as(derived: type, kind: type) -> type:
+    """`kind`, with the classes over it that are over the one beneath `derived`.
+
+    Made anew, as copies of the module have those.
+    """
+    if _beneath(derived) is derived:
+        return kind
+    *mixins, base = derived.__bases__
+    name = derived.__name__.removesuffix(base.__name__)
+    base = _derived_as(base, kind)
+    members = {k: v for k, v in vars(derived).items() if k not in ("__dict__", "__weakref__")}
+    return type(name + base.__name__, (*mixins, base), members)
+
+
 def by_fused() -> dict[type, tuple[Swap, Library]]:
     """The swaps of the libraries that are imported, by the class that replaces."""
     return {swap.fused: (swap, library) for library in loaded() for swap in library.swaps}
+
+
+def own_method(method: Any, name: str) -> Any:
+    """The library's method, as one of that name beside the one that takes its place.
+
+    For torch.jit.script: it compiles both, each by the name that the function has.
+    """
+    copy = FunctionType(
+        method.__code__, method.__globals__, name, method.__defaults__, method.__closure__
+    )
+    copy.__annotations__ = method.__annotations__
+    return copy
 
 
 def run_own_code(name: str, reason: str) -> None:

@@ -97,7 +97,7 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Swap | None, str 
     fused = _library.by_fused()
     swaps = {swap.original: (swap, library) for swap, library in fused.values()}
     for path, module in model.named_modules():
-        kind = type(module)
+        kind = _library.kind_of(module)
         if kind in fused:
             yield path, module, fused[kind][0], None
         elif kind in swaps:
@@ -116,11 +116,11 @@ def state(model: nn.Module) -> Report:
     for path, module, swap, reason in survey(model):
         if swap is None:
             report.others += 1
-        elif type(module) is swap.fused:
+        elif _library.kind_of(module) is swap.fused:
             report.replaced.append(Replaced(path, _name(swap.original), swap.own_calls()))
         else:
             reason = reason or "not patched: fastgen.patch() would replace it"
-            report.left.append(Left(path, _name(type(module)), reason))
+            report.left.append(Left(path, _name(_library.kind_of(module)), reason))
     return report
 
 
@@ -130,17 +130,17 @@ def _patch_model(model: nn.Module) -> Report:
     for path, module, swap, reason in survey(model):
         if swap is None:
             report.others += 1
-        elif type(module) is swap.fused:
+        elif _library.kind_of(module) is swap.fused:
             report.left.append(Left(path, _name(swap.original), "patched already"))
         elif reason is not None:
-            report.left.append(Left(path, _name(type(module)), reason))
+            report.left.append(Left(path, _name(_library.kind_of(module)), reason))
         else:
             report.replaced.append(Replaced(path, _name(swap.original), swap.own_calls()))
             changes.append((module, swap))
     done: list[nn.Module] = []
     try:
         for module, swap in changes:
-            module.__class__ = swap.fused
+            _library.change_kind(module, swap.fused)
             done.append(module)
     except BaseException:
         _restore(done)
@@ -169,8 +169,9 @@ def _covered_base(kind: type, swaps: dict[type, Any]) -> type | None:
 def _restore(modules: Iterable[nn.Module]) -> None:
     fused = _library.by_fused()
     for module in modules:
-        if type(module) in fused:
-            module.__class__ = fused[type(module)][0].original
+        kind = _library.kind_of(module)
+        if kind in fused:
+            _library.change_kind(module, fused[kind][0].original)
 
 
 def _patch_library(library: Library) -> Report:

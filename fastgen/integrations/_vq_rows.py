@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from vector_quantize_pytorch import vector_quantize_pytorch as library
@@ -230,7 +231,10 @@ class _Assign(Fused):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_squares: Tensor | None) -> tuple:
-        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
+        # is_grads_batched gives many gradients at once, which nothing can be put into the place of.
+        batched = any(g is not None and is_legacy_batchedtensor(g) for g in (grad, grad_squares))
+        composed = batched or torch.is_grad_enabled()
+        backward = _differentiable_backward if composed else _backward
         return *backward(ctx, grad, grad_squares), None, None, None, None
 
 

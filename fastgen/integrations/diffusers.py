@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgen import ops
 from fastgen.integrations import _library
+from fastgen.integrations._calls import reason_against_tracer
 from fastgen.integrations._library import Library, Swap
 
 __all__ = ["LIBRARY", "FusedAdaGroupNorm"]
@@ -21,6 +22,9 @@ class FusedAdaGroupNorm(AdaGroupNorm):
     """A patched diffusers AdaGroupNorm."""
 
     def own_code(self, x: Tensor, emb: Tensor) -> str | None:
+        """Why this call runs diffusers' code, or None."""
+        if (reason := reason_against_tracer(x, emb)) is not None:
+            return reason
         if x.dim() != 4:
             return f"an input of {x.dim()} dimensions"
         if self.num_groups != x.shape[1] and not x.is_contiguous():

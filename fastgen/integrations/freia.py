@@ -85,18 +85,29 @@ class _Fused(_BaseCouplingBlock):
         return self._reason_against(x[0])
 
     def _reason_against(self, x: Tensor) -> str | None:
+        if (reason := reason_against(x)) is not None:
+            return reason
         if x.dim() != self.ndims + 1:
             return f"an input of {x.dim()} dimensions for a block of {self.ndims} and the batch"
-        return reason_against(x)
+        return None
 
     def _transform(
-        self, x: Tensor, raw_scale: Tensor, shift: Tensor, rev: bool
+        self, x: Tensor, parameters: Tensor | tuple[Tensor, Tensor], rev: bool, channels: int = 0
     ) -> tuple[Tensor, Tensor] | None:
-        """The coupling of x and its log-determinant; None where the library has to do it."""
-        reason = self._reason_against(x) or reason_against(x, raw_scale, shift)
+        """The coupling of x and its log-determinant; None where the library has to do it.
+
+        `parameters` are raw scales and shifts, or both in one output of a subnet, of which the
+        first `channels` are the raw scales.
+        """
+        reason = self._reason_against(x)
+        if reason is None:
+            if isinstance(parameters, Tensor):
+                parameters = _halves(parameters, channels)
+            reason = reason_against(x, *parameters)
         if reason is not None:
             _library.run_own_code(type(self).__name__.removeprefix("Fused"), reason)
             return None
+        raw_scale, shift = parameters
         scale, factor = "tanh", float(self.clamp)
         clamp = _clamp_of(self.f_clamp)
         if clamp == "atan":
@@ -122,12 +133,12 @@ class FusedGLOWCouplingBlock(_Fused, GLOWCouplingBlock):
 
     def _coupling1(self, x1: Tensor, u2: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         a = self.subnet2(u2)
-        done = self._transform(x1, *_halves(a, self.split_len1), rev)
+        done = self._transform(x1, a, rev, self.split_len1)
         return done or GLOWCouplingBlock._coupling1(Given(self, subnet2=a), x1, u2, rev)
 
     def _coupling2(self, x2: Tensor, u1: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         a = self.subnet1(u1)
-        done = self._transform(x2, *_halves(a, self.split_len2), rev)
+        done = self._transform(x2, a, rev, self.split_len2)
         return done or GLOWCouplingBlock._coupling2(Given(self, subnet1=a), x2, u1, rev)
 
 
@@ -137,13 +148,13 @@ class FusedRNVPCouplingBlock(_Fused, RNVPCouplingBlock):
     def _coupling1(self, x1: Tensor, u2: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         s, t = self.subnet_s2(u2), self.subnet_t2(u2)
         given = Given(self, subnet_s2=s, subnet_t2=t)
-        done = self._transform(x1, s, t, rev)
+        done = self._transform(x1, (s, t), rev)
         return done or RNVPCouplingBlock._coupling1(given, x1, u2, rev)
 
     def _coupling2(self, x2: Tensor, u1: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         s, t = self.subnet_s1(u1), self.subnet_t1(u1)
         given = Given(self, subnet_s1=s, subnet_t1=t)
-        done = self._transform(x2, s, t, rev)
+        done = self._transform(x2, (s, t), rev)
         return done or RNVPCouplingBlock._coupling2(given, x2, u1, rev)
 
 
@@ -155,7 +166,7 @@ class FusedAffineCouplingOneSided(_Fused, AffineCouplingOneSided):
     ) -> Result:
         x1, x2 = x[0].split((self.split_len1, self.split_len2), 1)
         a = self.subnet(_with_conditions(x1, c if self.conditional else ()))
-        done = self._transform(x2, *_halves(a, self.split_len2), rev)
+        done = self._transform(x2, a, rev, self.split_len2)
         if done is None:
             return AffineCouplingOneSided.forward(Given(self, subnet=a), x, c, rev, jac)
         y2, log_jacobian = done
@@ -169,7 +180,7 @@ class FusedConditionalAffineTransform(_Fused, ConditionalAffineTransform):
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> Result:
         a = self.subnet(_with_conditions(c[0], c[1:]))
-        done = self._transform(x[0], *_halves(a, self.channels), rev)
+        done = self._transform(x[0], a, rev, self.channels)
         if done is None:
             return ConditionalAffineTransform.forward(Given(self, subnet=a), x, c, rev, jac)
         y, log_jacobian = done
@@ -185,9 +196,11 @@ class FusedAllInOneBlock(AllInOneBlock):
         return self._reason_against(x[0][:, self.splits[0] :])
 
     def _reason_against(self, x: Tensor) -> str | None:
+        if (reason := reason_against(x)) is not None:
+            return reason
         if x.dim() != self.input_rank + 2:
             return f"an input of {x.dim()} dimensions for a block of {self.input_rank + 2}"
-        return reason_against_cpu("AllInOneBlock", x) or reason_against(x)
+        return reason_against_cpu("AllInOneBlock", x)
 
     def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         reason = self._reason_against(x) or reason_against(x, *_halves(a, x.shape[1]))
@@ -195,9 +208,11 @@ class FusedAllInOneBlock(AllInOneBlock):
             _library.run_own_code("AllInOneBlock", reason)
             return super()._affine(x, a, rev)
         raw_scale, shift = _halves(a * 0.1, x.shape[1])
-        return affine(
+        y, log_det = affine(
             x, raw_scale, shift, scale="tanh", inverse=rev, scale_factor=float(self.clamp)
         )
+        # FrEIA adds to it in place, as nobody may to one of several results under torch.func.
+        return y, log_det.clone() if torch._C._are_functorch_transforms_active() else log_det
 
 
 def _against_all_in_one(block: AllInOneBlock) -> str | None:

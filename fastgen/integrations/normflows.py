@@ -36,6 +36,7 @@ from fastgen.integrations._calls import (
     derivative_shift,
     reason_against_dtypes,
     reason_against_minima,
+    reason_against_tracer,
 )
 from fastgen.integrations._coupling import (
     Given,
@@ -67,7 +68,7 @@ class FusedAffineCoupling(AffineCoupling):
 
     def own_code(self, z: Any) -> str | None:
         x = z[1]
-        return reason_against_cpu("AffineCoupling", x) or reason_against(x)
+        return reason_against(x) or reason_against_cpu("AffineCoupling", x)
 
     def forward(self, z: Any) -> tuple[list[Tensor], Tensor]:
         return self._couple(z, inverse=False)
@@ -109,9 +110,11 @@ class FusedAffineCoupling(AffineCoupling):
 
 def _against_pairs(x: Tensor, param: Tensor) -> str | None:
     """Why param is not a shift and a raw scale, by turns along dimension 1, for each of x."""
+    if (reason := reason_against_dtypes(x, param)) is not None:
+        return reason
     if x.dim() < 2 or param.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         return f"parameters of shape {tuple(param.shape)} for an input of shape {tuple(x.shape)}"
-    return reason_against_dtypes(x, param)
+    return None
 
 
 def _against_coupling(coupling: AffineCoupling) -> str | None:
@@ -126,6 +129,8 @@ class FusedAffineCouplingBlock(AffineCouplingBlock):
     """A patched normflows AffineCouplingBlock: no host lists and no gathers for a checkerboard."""
 
     def own_code(self, z: Tensor) -> str | None:
+        if (reason := reason_against_tracer(z)) is not None:
+            return reason
         if self._checkerboard and z.shape[-1] % 2:
             return f"a checkerboard of {z.shape[-1]} columns, an odd number"
         for flow in (self.flows[0], self.flows[2]):
@@ -195,13 +200,21 @@ def _against_block(block: AffineCouplingBlock) -> str | None:
 class FusedMaskedAffineFlow(MaskedAffineFlow):
     """A patched normflows MaskedAffineFlow: masked-out elements are moved by a zero log scale."""
 
+    # What torch.jit.script compiles.
+    _own_forward = _library.own_method(MaskedAffineFlow.forward, "_own_forward")
+
     def own_code(self, z: Tensor) -> str | None:
+        if (reason := reason_against_tracer(z)) is not None:
+            return reason
         if z.shape[1:] != self.b.shape[1:]:
             return f"an input of shape {tuple(z.shape)} for a mask of {tuple(self.b.shape[1:])}"
         return reason_against(z)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._couple(z, inverse=False)
+        if torch.jit.is_scripting():
+            return self._own_forward(z)
+        else:
+            return self._couple(z, inverse=False)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return self._couple(z, inverse=True)
@@ -348,12 +361,14 @@ def unconstrained_rational_quadratic_spline(
 
 def _against_parameters(x: Tensor, bins: int, *raw: Tensor) -> str | None:
     """Why tensors of parameters (..., K), (..., K), (..., K - 1) do not fit x, or None."""
+    if (reason := reason_against_dtypes(x, raw[0])) is not None:
+        return reason
     for t, last in zip(raw, (bins, bins, bins - 1), strict=True):
         if t.dtype != raw[0].dtype:
             return f"parameters of dtype {raw[0].dtype} and {t.dtype}"
         if t.shape != (*x.shape, last):
             return f"parameters of shape {tuple(t.shape)} for {bins} bins of {tuple(x.shape)}"
-    return reason_against(x) or reason_against(raw[0])
+    return None
 
 
 def _transform(
@@ -384,10 +399,12 @@ def _transform(
 
 def _against_output(module: Any, inputs: Tensor, params: Tensor) -> str | None:
     """Why a conditioner's output is not the parameters of a spline for each input, or None."""
+    if (reason := reason_against_dtypes(inputs, params)) is not None:
+        return reason
     expected = (len(inputs), inputs.shape[1] * (3 * module.num_bins - 1), *inputs.shape[2:])
     if params.shape != expected:
         return f"parameters of shape {tuple(params.shape)} for an input of {tuple(inputs.shape)}"
-    return reason_against(inputs) or reason_against(params)
+    return None
 
 
 class FusedPiecewiseRationalQuadraticCoupling(PiecewiseRationalQuadraticCoupling):
@@ -422,10 +439,12 @@ class FusedPiecewiseRationalQuadraticCDF(PiecewiseRationalQuadraticCDF):
     """A patched normflows PiecewiseRationalQuadraticCDF."""
 
     def own_code(self, inputs: Tensor, context: Any = None) -> str | None:
+        if (reason := reason_against_dtypes(inputs, self.unnormalized_widths)) is not None:
+            return reason
         features = self.unnormalized_widths.shape[:-1]
         if inputs.shape[1:] != features:
             return f"an input of shape {tuple(inputs.shape)} for features {tuple(features)}"
-        return reason_against(inputs) or reason_against(self.unnormalized_widths)
+        return None
 
     def _spline(self, inputs: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         reason = self.own_code(inputs)

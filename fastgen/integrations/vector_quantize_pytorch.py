@@ -27,6 +27,7 @@ from vector_quantize_pytorch.vector_quantize_pytorch import (
 )
 
 from fastgen.integrations import _vq_rows
+from fastgen.integrations._calls import reason_against_tracer
 from fastgen.integrations._library import Library, Swap, run_own_code
 from fastgen.integrations._vq_codebook import FusedCodebook, Weight, mask_of_rows
 
@@ -102,6 +103,8 @@ class FusedVectorQuantize(VectorQuantize):
         ema_update: bool | None = None,
     ) -> str | None:
         """Why this call runs the library's own code, or None."""
+        if (reason := reason_against_tracer(x)) is not None:
+            return reason
         if topk is not None:
             return "topk: the scores of all codes are sorted"
         if codebook_transform_fn is not None:
@@ -116,7 +119,7 @@ class FusedVectorQuantize(VectorQuantize):
     def own_code_of_options(self, sample_codebook_temp: float | None = None) -> str | None:
         """The part of :meth:`own_code` that does not depend on the input."""
         codebook = self._codebook
-        if type(codebook) is not FusedCodebook:
+        if not isinstance(codebook, FusedCodebook):
             return "its codebook is not a patched one"
         if codebook._forward_hooks or codebook._forward_pre_hooks:
             return "its codebook has hooks, which a patched layer would not call"
@@ -397,6 +400,8 @@ class FusedResidualVQ(ResidualVQ):
         rand_quantize_dropout_fixed_seed: int | None = None,
     ) -> str | None:
         """Why this call runs the library's own code, or None."""
+        if (reason := reason_against_tracer(x)) is not None:
+            return reason
         if indices is not None:
             return "indices: the cross entropy of all stages"
         if self.implicit_neural_codebook:
@@ -408,7 +413,7 @@ class FusedResidualVQ(ResidualVQ):
         if self.accept_image_fmap and self.has_projections:
             return "projections of a feature map"
         first = self.layers[0]
-        if type(first) is not FusedVectorQuantize:
+        if not isinstance(first, FusedVectorQuantize):
             return "its layers are not patched ones"
         return first.own_code_of_options(sample_codebook_temp)
 

@@ -38,10 +38,10 @@ from zuko.transforms import (
 from fastgen import ops
 from fastgen.integrations._calls import (
     common_dtype,
-    in_forward_mode,
     is_number,
     log_det_as,
     reason_against,
+    reason_against_tracer,
 )
 from fastgen.integrations._library import Library, Swap, run_own_code
 from fastgen.ops._autograd import Fused, run
@@ -66,7 +66,7 @@ _LEAST_SLOPE = 1e-6
 
 def _softly_bounded(raw: Tensor, bound: float) -> Tensor:
     """zuko's bound of raw parameters, q."""
-    if in_forward_mode():
+    if reason_against_tracer() is not None:
         return _soft_bound(raw, bound)
     return run(_SoftBound, _soft_bound, (raw,), bound)
 

@@ -8,6 +8,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 import fastgen
@@ -357,3 +359,111 @@ def test_reaches_what_is_wrapped():
     wrapped = nn.DataParallel(model)
     assert names(fastgen.patch(wrapped).replaced)[0] == "module.1"
     assert _patch.state(model).replaced
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("register", "remove"),
+    [
+        (
+            parametrizations.weight_norm,
+            lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+        ),
+        (
+            parametrizations.spectral_norm,
+            lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+        ),
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    ],
+    ids=["weight_norm", "spectral_norm", "weight_norm by hooks"],
+)
+def test_normalised_weights(register, remove):
+    """PyTorch's own parametrizations, by a class of theirs or by a hook."""
+    plain = nn.InstanceNorm2d(6, affine=True)
+    nn.init.normal_(plain.weight)
+    patched = copy.deepcopy(plain)
+    fastgen.patch(patched)
+    for layer in (plain, patched):
+        register(layer)
+    x = torch.randn(SIZES[2])
+    assert_close(grads(patched, x), grads(plain, x), rtol=1e-4, atol=1e-6)
+    fastgen.unpatch(patched)
+    assert type(patched) is not torch_nn.FusedInstanceNorm2d
+    assert not isinstance(patched, torch_nn.FusedInstanceNorm2d)
+    assert_close(grads(patched, x), grads(plain, x), rtol=1e-4, atol=1e-6)
+    fastgen.patch(patched)
+    for layer in (plain, patched):
+        remove(layer)
+    assert type(patched) is torch_nn.FusedInstanceNorm2d
+    assert_close(grads(patched, x), grads(plain, x), rtol=1e-4, atol=1e-6)
+    fastgen.unpatch(patched)
+    assert type(patched) is nn.InstanceNorm2d
+
+
+def quantized(model, x):
+    """By torch.ao.quantization, calibrated on x."""
+    quantization = torch.ao.quantization
+    model = nn.Sequential(quantization.QuantStub(), model, quantization.DeQuantStub()).eval()
+    model.qconfig = quantization.get_default_qconfig("x86")
+    prepared = quantization.prepare(model)
+    prepared(x)
+    return quantization.convert(prepared)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_static_quantization():
+    """A patched model becomes the quantized model that the unpatched one becomes."""
+    plain, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8, affine=True)),
+        torch.randn(2, 3, 8, 8),
+    )
+    patched = copy.deepcopy(plain)
+    fastgen.patch(patched)
+    expected, seen = quantized(plain, x), quantized(patched, x)
+    assert [type(m) for m in seen.modules()] == [type(m) for m in expected.modules()]
+    assert_close(seen(x), expected(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_by_graph():
+    """The graph keeps a patched layer, in floats; the rest is quantized around it."""
+    from torch.ao.quantization import quantize_fx as quantize
+
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8)).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    expected = model(x)
+    fastgen.patch(model)
+    prepared = quantize.prepare_fx(model, torch.ao.quantization.get_default_qconfig_mapping(), (x,))
+    prepared(x)
+    converted = quantize.convert_fx(prepared)
+    assert type(converted.get_submodule("1")) is torch_nn.FusedInstanceNorm2d
+    assert type(converted.get_submodule("0")) is not nn.Conv2d
+    # Steps of 1 / 255 of the range.
+    assert_close(converted(x), expected, rtol=0, atol=0.2)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_says_why_a_traced_call_runs_pytorchs_code(caplog):
+    layer, x = nn.InstanceNorm2d(4), torch.randn(1, 4, 3, 3)
+    fastgen.patch(layer)
+    assert fastgen.explain(layer, x).chosen == "fastgen"
+    _library.run_own_code.cache_clear()
+    with caplog.at_level(logging.DEBUG, "fastgen"), forward_ad.dual_level():
+        explanation = fastgen.explain(layer, x)
+        layer(forward_ad.make_dual(x, x))
+    assert explanation.chosen == "torch.nn"
+    assert explanation.rejected == {"fastgen": "forward-mode differentiation"}
+    said = [r.getMessage() for r in caplog.records]
+    assert said == ["InstanceNorm2d: the library's own code: forward-mode differentiation"]
+    reasons = []
+
+    class Asks(nn.Module):
+        def forward(self, x):
+            reasons.append(fastgen.explain(layer, x).rejected["fastgen"])
+            return layer(x) if isinstance(x, torch.Tensor) else x
+
+    torch.jit.trace(Asks(), (x,), check_trace=False)
+    torch.fx.symbolic_trace(Asks())
+    assert reasons == ["torch.jit.trace", "torch.fx.symbolic_trace"]
