@@ -20,6 +20,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
 from fastgen.nn._replay import Scene, check_sources, uncached
+from fastgen.ops import _check
 
 __all__ = ["Invertible", "InvertibleChain", "Unwound", "VolumePreserving"]
 
@@ -120,7 +121,8 @@ class InvertibleChain(Invertible):
     forward-mode differentiation.
 
     Raises:
-        ValueError: `anchor_every` below 1; another chain in a reversible one.
+        TypeError: `anchor_every` is not an int.
+        ValueError: it is below 1; another chain in a reversible one.
         RuntimeError: in reversible mode, hooks on a layer itself; in backward, parameters changed
             in place since forward, a layer that draws what it did not draw in forward, or one that
             depends on a tensor with a gradient that is neither its parameter nor its buffer.
@@ -133,9 +135,8 @@ class InvertibleChain(Invertible):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.reversible = reversible
+        _check.positive_int(anchor_every, "anchor_every")
         self.anchor_every = anchor_every
-        if anchor_every < 1:
-            raise ValueError(f"anchor_every: expected at least 1, got {anchor_every}")
         if reversible:
             for name, module in self.layers.named_modules(prefix="layers"):
                 if isinstance(module, InvertibleChain):

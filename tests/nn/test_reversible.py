@@ -371,8 +371,10 @@ def test_a_chain_in_a_reversible_chain_is_refused():
 
 
 def test_bad_anchor_every():
-    with pytest.raises(ValueError, match="anchor_every: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="anchor_every: expected a positive int, got 0"):
         InvertibleChain([], anchor_every=0)
+    with pytest.raises(TypeError, match="anchor_every: expected a positive int, got str"):
+        InvertibleChain([], anchor_every="x")
 
 
 def test_state_dict_and_repr():
