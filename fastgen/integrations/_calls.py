@@ -16,7 +16,6 @@ from fastgen.ops._check import FLOATS
 __all__ = [
     "common_dtype",
     "derivative_shift",
-    "in_forward_mode",
     "is_number",
     "log_det_as",
     "reason_against",
@@ -31,18 +30,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def in_forward_mode() -> bool:
-    """Whether tangents may be asked for, which no op of fastgen has."""
-    return forward_ad._current_level >= 0
-
-
 def reason_against_tracer(*inputs: Any) -> str | None:
     """Why a call is for PyTorch's own operators, whatever its tensors hold, or None.
 
     Forward mode has no rule for fastgen's; torch.jit.trace would write them into a file that other
     programs load, torch.onnx.export cannot; and what torch.fx passes are no tensors.
     """
-    if in_forward_mode():
+    if forward_ad._current_level >= 0:  # tangents may be asked for
         return "forward-mode differentiation"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"

@@ -39,13 +39,11 @@ class _Fused(_InstanceNorm):
         if torch.jit.is_scripting():
             return self._own_apply(input)
         else:
-            return self._unless_traced(input)
-
-    def _unless_traced(self, input: Tensor) -> Tensor:
-        if (reason := reason_against_tracer()) is not None:
+            reason = reason_against_tracer()
+            if reason is None:
+                return super()._apply_instance_norm(input)
             run_own_code(type(self).__name__.removeprefix("Fused"), reason)
             return self._own_apply(input)
-        return super()._apply_instance_norm(input)
 
 
 def _as_one_node(layer: nn.Module, input: Proxy) -> Proxy:
