@@ -12,9 +12,9 @@ is. A single spatial element has variance 0 and gives y = bias (torch.nn.functio
 refuses it, and so do the layers of fastgen.nn); no spatial elements give an empty y. A plane with a
 NaN or an infinity becomes NaN. Statistics are summed in float64, so that they are right to the last
 bits for any ratio of mean to standard deviation; on GPUs about an origin near the mean, half inputs
-in float32, where squares of deviations beyond 1e18 overflow. Gradients: first order fused, second
-fused on GPUs and a closed formula of torch ops elsewhere, which third and higher differentiate.
-Backends: triton, cpu, reference.
+in float32, where squares of deviations beyond 1e18 overflow and below 1e-19 vanish. Gradients:
+first order fused, second fused on GPUs and a closed formula of torch ops elsewhere, which third and
+higher differentiate. Backends: triton, cpu, reference.
 """
 
 from __future__ import annotations
@@ -182,16 +182,16 @@ class _InstanceNorm(Fused):
         x, mean, var, scale = ctx.saved_tensors
         tensors = (grad_y, x, mean, var, scale)
         grad_x, *grads = run(_InstanceNormBackward, _bwd, tensors, ctx.eps)
-        for i, parameter in enumerate(ctx.parameters):
-            if parameter is None:
-                grads[i] = None
-                continue
-            dim, dtype = parameter
-            if grads[i].dim() != dim:
-                grads[i] = grads[i].sum(0)
-            if grads[i].dtype != dtype:
-                grads[i] = grads[i].to(dtype)
-        return grad_x, *grads, None
+        return grad_x, *map(_gradient_of, grads, ctx.parameters), None
+
+
+def _gradient_of(parameter_grad: Tensor, parameter: tuple[int, torch.dtype] | None) -> Any:
+    """The gradient of a parameter of (dimensions, dtype); None where there is no parameter."""
+    if parameter is None:
+        return None
+    dims, dtype = parameter
+    grad = parameter_grad if parameter_grad.dim() == dims else parameter_grad.sum(0)
+    return grad.to(dtype)
 
 
 class _InstanceNormBackward(Fused):
@@ -304,8 +304,8 @@ def _second_order(
     scale, p, q = (None if t is None else t.double()[..., None] for t in (scale, p, q))
     a = rstd if scale is None else rstd * scale
 
-    def mean_of(t: Tensor) -> Tensor:
-        return t.sum(2, keepdim=True, dtype=torch.float64) / max(1, t.shape[2])
+    def mean_of(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return (t.sum(2, keepdim=True, dtype=dtype) / max(1, t.shape[2])).double()
 
     def deviations(t: Tensor) -> Tensor:
         t = t.to(dtype).flatten(2)
@@ -321,7 +321,8 @@ def _second_order(
     else:
         w = deviations(u)
         w_xhat = mean_of(w * xhat)
-        shared = mean_of(v * w) - v_xhat * w_xhat
+        # Summed in float64: it is what cancellation leaves of most planes.
+        shared = mean_of(v * w, torch.float64) - v_xhat * w_xhat
         alpha, beta = -a * v_xhat, beta - a * w_xhat
         along = alpha * w_xhat + beta * v_xhat + a * shared
         alpha, beta, along = (t.to(dtype) for t in (alpha, beta, along))
