@@ -306,7 +306,7 @@ class Slices:
         return run(self.case, Sample(tuple(args), self.first.kwargs), self.backend)
 
     def loss(self, *slices, function=None):
-        results = (function or self.function)(*slices)
+        results = (self.function if function is None else function)(*slices)
         return sum(r.square().sum() for r in results if r.is_floating_point())
 
     def total(self, *stacked):
