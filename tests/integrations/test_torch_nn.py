@@ -444,6 +444,7 @@ def test_quantization_by_graph():
     assert_close(converted(x), expected, rtol=0, atol=0.2)
 
 
+@pytest.mark.usefixtures("forward_mode")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_says_why_a_traced_call_runs_pytorchs_code(caplog):
     layer, x = nn.InstanceNorm2d(4), torch.randn(1, 4, 3, 3)

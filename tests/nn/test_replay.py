@@ -399,6 +399,7 @@ def test_backward_through_vmap(name):
     assert_same(found[1], found[0])
 
 
+@pytest.mark.usefixtures("forward_mode")
 def test_forward_mode():
     x = batch().detach()
     for chain in pair(CHAINS["of torch alone"]):
