@@ -72,7 +72,7 @@ def _swap(original: type[nn.Module], fused: type[nn.Module], fingerprint: str) -
 LIBRARY = Library(
     name="torch.nn",
     distribution="torch",
-    tested=("2.10.0", "2.11.0", "2.13.0"),
+    tested=("2.10.0", "2.11.0", "2.13.0", "2.14.1"),
     swaps=(
         _swap(nn.InstanceNorm1d, FusedInstanceNorm1d, "dbbf9c8cac029036"),
         _swap(nn.InstanceNorm2d, FusedInstanceNorm2d, "69596161cac7a9dd"),

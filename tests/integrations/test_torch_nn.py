@@ -445,6 +445,7 @@ def test_quantization_by_graph():
 
 
 @pytest.mark.usefixtures("forward_mode")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_says_why_a_traced_call_runs_pytorchs_code(caplog):
     layer, x = nn.InstanceNorm2d(4), torch.randn(1, 4, 3, 3)
