@@ -79,8 +79,8 @@ class FusedCodebook(Codebook):
             data = data[mask].view(data.shape[0], -1, data.shape[2])
         if data.shape[1] < self.codebook_size:
             library.logger.warning(
-                f"k-means of {self.codebook_size} codes starts from {data.shape[1]} vectors: "
-                "some of them are taken more than once"
+                f"Codebook: the k-means of codebook_size={self.codebook_size} starts from "
+                f"{data.shape[1]} vectors, some of which are taken more than once"
             )
         means, counts = self._kmeans(data)
         self.embed_avg.data.copy_(means * counts[..., None])

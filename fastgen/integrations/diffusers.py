@@ -6,6 +6,8 @@ scale and the shift of each channel are AdaIN's.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers.models.normalization import AdaGroupNorm
 from torch import Tensor
@@ -41,7 +43,7 @@ class FusedAdaGroupNorm(AdaGroupNorm):
         scale, shift = self.linear(emb).chunk(2, dim=1)
         if self.num_groups == x.shape[1]:
             return ops.adain(x, 1 + scale, shift, eps=self.eps)
-        groups = x.reshape(len(x), self.num_groups, -1)
+        groups = x.reshape(len(x), self.num_groups, math.prod(x.shape[1:]) // self.num_groups)
         xhat = ops.instance_norm(groups, eps=self.eps).reshape(x.shape)
         return torch.addcmul(shift[:, :, None, None], xhat, 1 + scale[:, :, None, None])
 

@@ -428,8 +428,9 @@ class FusedPiecewiseRationalQuadraticCoupling(PiecewiseRationalQuadraticCoupling
             if hasattr(self.transform_net, name):
                 return math.sqrt(getattr(self.transform_net, name))
         warnings.warn(
-            "the transform net has neither hidden_features nor hidden_channels: its widths and "
-            "heights enter their softmax as they are",
+            "PiecewiseRationalQuadraticCoupling: expected a transform_net with hidden_features or "
+            f"hidden_channels, got a {type(self.transform_net).__name__} without: the widths and "
+            "heights that it gives enter their softmax as they are",
             stacklevel=4,
         )
         return 1.0

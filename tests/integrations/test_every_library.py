@@ -497,6 +497,18 @@ def test_gradients_through_vmap(name, function):
     assert worked
 
 
+@pytest.mark.filterwarnings("ignore")
+@each_library
+def test_empty_batches(name):
+    for _, plain, patched in subjects(name, training=False):
+        nothing = [t[:0] for t in plain.tensors]
+        try:
+            expected = plain(*nothing)
+        except (IndexError, RuntimeError):
+            continue
+        torch.testing.assert_close(patched(*nothing), expected)
+
+
 class Same(nn.Module):
     """A parametrization under which everything stays as it is."""
 
