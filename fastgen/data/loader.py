@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastgen.data.source import Batch, Source
 from fastgen.data.splits import DataError
+from fastgen.random import fold_in, make_key
 
 #: Changes one row, as with random crops and flips, by what the generator draws; keeps its names.
 Augment = Callable[[Batch, torch.Generator], Batch]
@@ -181,20 +182,12 @@ class _Fetch(Dataset):
         return self._orders[number][1][index * self.batch_size + self.rows]
 
     def _augmented(self, batch: Batch, call: int, augment: Augment) -> Batch:
+        keys = fold_in(make_key(self.seed), call * self.batch_size + self.rows)
         changed = []
-        for i, row in enumerate(self.rows.tolist()):
-            seed = _mixed((self.seed << 40) ^ (call * self.batch_size + row))
+        for i, seed in enumerate(keys[:, 0].tolist()):
             generator = torch.Generator().manual_seed(seed)
             changed.append(augment({name: value[i] for name, value in batch.items()}, generator))
         return {name: torch.stack([row[name] for row in changed]) for name in changed[0]}
-
-
-def _mixed(number: int) -> int:
-    """63 bits of which each depends on all of `number` (SplitMix64's finaliser)."""
-    number = (number + 0x9E3779B97F4A7C15) % 2**64
-    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
-    return (number ^ (number >> 31)) >> 1
 
 
 def _as_it_is(batch: Any) -> Any:

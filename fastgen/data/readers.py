@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastgen.data.splits import DataError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
 _CIFAR_ROW = 1 + 3 * 32 * 32
@@ -37,6 +38,7 @@ CIFAR_TEST = (f"{_CIFAR_FOLDER}/test_batch.bin",)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _ORIENTED = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+_GREY_MODES = ("1", "L", "LA", "La")
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 _NPY_HEADER_BYTES = 2**14
 _PIECE_BYTES = 2**22
@@ -93,18 +95,7 @@ def _array_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, i
     """(bytes, elements) of an array in the archive, by its header, which must fit the member."""
     with archive.open(info) as member:
         file = _Limited(member, _NPY_HEADER_BYTES)
-        try:
-            version = np.lib.format.read_magic(file)
-        except ValueError:
-            raise ValueError(f"{info.filename} in it is no array") from None
-        if version == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
-            raise ValueError(f"{info.filename} in it is of version {version}")
-    if dtype.hasobject:
-        raise ValueError(f"{info.filename} in it holds Python objects, which are not read")
+        shape, _, dtype = read_npy_header(file, f"{info.filename} in it")
     count = math.prod(shape)
     follow = info.file_size - _NPY_HEADER_BYTES + file.left
     if min(shape, default=0) < 0 or count * dtype.itemsize != follow:
@@ -113,6 +104,28 @@ def _array_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, i
             "bytes follow"
         )
     return follow, count
+
+
+def read_npy_header(file: IO[bytes] | io.RawIOBase, name: str) -> tuple[tuple, bool, np.dtype]:
+    """Shape, whether it is in Fortran order, and dtype of the array that begins here in a file.
+
+    Raises:
+        ValueError: no array, of an unknown version of the format, or of Python objects.
+    """
+    source: Any = file
+    try:
+        version = np.lib.format.read_magic(source)
+    except ValueError:
+        raise ValueError(f"{name} is no array") from None
+    if version == (1, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(source)
+    elif version == (2, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(source)
+    else:
+        raise ValueError(f"{name} is of version {version}")
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are not read")
+    return shape, fortran, dtype
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
@@ -252,13 +265,8 @@ def read_folder(folder: Path) -> tuple[np.ndarray, list[str] | None]:
 
 
 def _stack_images(paths: list[Path]) -> np.ndarray:
-    try:
-        from PIL.Image import DecompressionBombWarning
-    except ImportError:
-        raise DataError("image folders need pillow: pip install pillow") from None
     arrays: list[np.ndarray] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", DecompressionBombWarning)
+    with refusing_bombs():
         for path in paths:
             arrays.append(_read_image(path))
             if len(arrays) == 1:
@@ -279,13 +287,44 @@ def _require_shape(path: Path, image: np.ndarray, first_path: Path, first: np.nd
 
 
 def _read_image(path: Path) -> np.ndarray:
+    with opened_image(path) as image:
+        return np.asarray(opaque(image, path, "L" if image.mode in _GREY_MODES else "RGB"))
+
+
+@contextmanager
+def refusing_bombs() -> Iterator[None]:
+    """Pillow's warning of too many pixels is an error inside, which takes a while to set up.
+
+    Raises:
+        DataError: Pillow is not installed.
+    """
+    try:
+        from PIL.Image import DecompressionBombWarning
+    except ImportError:
+        raise DataError("image files need pillow: pip install pillow") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DecompressionBombWarning)
+        yield
+
+
+@contextmanager
+def opened_image(path: Path, *, deep: bool = False) -> Iterator[ImageFile]:
+    """A picture in memory, turned as its EXIF says; call it inside of `refusing_bombs`.
+
+    Args:
+        path: a file of one of the image formats.
+        deep: a channel may have more than 8 bits, as in a mask of many labels.
+
+    Raises:
+        DataError: something else, an animation, or a picture of more pixels than Pillow takes.
+    """
     from PIL import Image, ImageOps
 
     with (
         _reading(path, "replace or remove it", " as an image"),
         Image.open(path, formats=_IMAGE_FORMATS) as image,
     ):
-        if _is_deep(image):
+        if not deep and _is_deep(image):
             raise DataError(f"{path} has more than 8 bits a channel; convert it")
         # other pictures in a photograph of this format are previews
         if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -293,13 +332,20 @@ def _read_image(path: Path) -> np.ndarray:
         image.load()
         if not _ORIENTED.isdisjoint(image.info):
             ImageOps.exif_transpose(image, in_place=True)
-        mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-        if image.mode in _ALPHA_MODES or "transparency" in image.info:
-            opaque = image.convert("RGBA")
-            if opaque.getchannel("A").getextrema() != (255, 255):
-                raise DataError(f"{path} has transparent pixels; lay it on a background")
-            return np.asarray(opaque.convert(mode))
-        return np.asarray(image if image.mode == mode else image.convert(mode))
+        yield image
+
+
+def opaque(image: Image, path: Path, mode: str) -> Image:
+    """The picture in a mode without transparency.
+
+    Raises:
+        DataError: a pixel is transparent.
+    """
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise DataError(f"{path} has transparent pixels; lay it on a background")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _is_deep(image: ImageFile) -> bool:

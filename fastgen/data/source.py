@@ -25,22 +25,22 @@ import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from fastgen.data import readers
 from fastgen.data.splits import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Batch = dict[str, Tensor]
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 
 
 @runtime_checkable
@@ -125,16 +125,13 @@ class FileArray:
             with open(self.path, "rb") as file:
                 if member is not None:
                     file.seek(_start_of_member(file, member))
-                reader = _HEADERS.get(np.lib.format.read_magic(file))
-                if reader is None:
-                    raise ValueError("an unknown version of the .npy format")
-                self.shape, fortran, dtype = reader(file)
+                self.shape, fortran, dtype = readers.read_npy_header(file, "it")
                 self._offset = file.tell()
                 available = os.fstat(file.fileno()).st_size - self._offset
         except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
             raise DataError(f"{self} cannot be read ({error})") from error
-        if dtype.hasobject or not self.shape or (fortran and len(self.shape) > 1):
-            raise DataError(f"{self}: rows can be read of arrays of numbers in C order alone")
+        if not self.shape or (fortran and len(self.shape) > 1):
+            raise DataError(f"{self}: rows can be read of arrays in C order alone, with rows")
         self.dtype = dtype
         self._row_bytes = dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
         if self.shape[0] * self._row_bytes > available:
@@ -245,44 +242,63 @@ class ImageFiles:
         self.labels = labels
         self.size = size
         self.channels = channels
-        self.shape = (channels, *(size or self._decode(self._paths[0]).shape[:2]))
+        with readers.refusing_bombs():
+            self.shape = (channels, *(size or self._decode(Path(paths[0])).shape[:2]))
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def take(self, rows: Tensor) -> Batch:
         numbers = rows.numpy()
-        images = [self._image(path) for path in self._paths[numbers]]
+        with readers.refusing_bombs():
+            images = [self._image(path) for path in self._paths[numbers]]
+            masks = [] if self._masks is None else [self._mask(p) for p in self._masks[numbers]]
         batch = {"images": torch.from_numpy(np.stack(images))}
         if self._masks is not None:
-            masks = [self._mask(path) for path in self._masks[numbers]]
             batch["masks"] = torch.from_numpy(np.stack(masks).astype(np.int64))
         if self.labels is not None:
             batch["labels"] = self.labels[rows]
         return batch
 
-    def _image(self, path: bytes) -> np.ndarray:
+    def _image(self, name: bytes) -> np.ndarray:
+        path = Path(os.fsdecode(name))
         pixels = self._decode(path)
         if pixels.shape[:2] != self.shape[1:]:
             raise DataError(
-                f"{os.fsdecode(path)} is {pixels.shape[1]}x{pixels.shape[0]}, the first image "
+                f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, the first image "
                 f"{self.shape[2]}x{self.shape[1]}; bring all to one size, or give one to resize to"
             )
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    def _decode(self, path: bytes) -> np.ndarray:
+    def _decode(self, path: Path) -> np.ndarray:
         """(H, W), or (H, W, C) for several channels."""
         mode = {1: "L", 3: "RGB", 4: "RGBA"}[self.channels]
-        return _decoded(path, mode, self.size)
+        with readers.opened_image(path) as image:
+            flat = image.convert(mode) if mode == "RGBA" else readers.opaque(image, path, mode)
+            return self._sized(flat)
 
-    def _mask(self, path: bytes) -> np.ndarray:
-        numbers = _decoded(path, None, self.size)
-        if numbers.ndim != 2 or numbers.shape != self.shape[1:]:
+    def _mask(self, name: bytes) -> np.ndarray:
+        path = Path(os.fsdecode(name))
+        with readers.opened_image(path, deep=True) as image:
+            if image.mode not in ("1", "L", "P", "I", "I;16"):
+                raise DataError(
+                    f"{path} is no mask: it must have one label number per pixel, not {image.mode}"
+                )
+            numbers = self._sized(image, nearest=True)
+        if numbers.shape != self.shape[1:]:
             raise DataError(
-                f"{os.fsdecode(path)} must be a mask of one label number per pixel, "
-                f"{self.shape[2]}x{self.shape[1]}, got an image of shape {numbers.shape}"
+                f"{path} must be a mask of its image's size, {self.shape[2]}x{self.shape[1]}, "
+                f"got {numbers.shape[1]}x{numbers.shape[0]}"
             )
         return numbers
+
+    def _sized(self, image: Image, *, nearest: bool = False) -> np.ndarray:
+        if self.size is not None:
+            from PIL.Image import Resampling
+
+            how = Resampling.NEAREST if nearest else Resampling.BICUBIC
+            image = image.resize(self.size[::-1], how, box=_middle(image.size, self.size))
+        return np.asarray(image)
 
 
 class Windows:
@@ -416,25 +432,6 @@ def _start_of_member(file: Any, member: str) -> int:
     if magic != b"PK\x03\x04":
         raise ValueError("the archive is damaged")
     return info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-
-
-def _decoded(path: bytes, mode: str | None, size: tuple[int, int] | None) -> np.ndarray:
-    """Pixels (H, W) or (H, W, C); without a mode those that are stored, as label numbers."""
-    from PIL import Image
-
-    try:
-        with Image.open(os.fsdecode(path)) as image:
-            if mode is not None and image.mode.startswith(("I", "F")):
-                raise ValueError("it has more than 8 bits per channel")
-            if mode is None and image.mode not in ("1", "L", "P", "I", "I;16"):
-                raise ValueError(f"a mask must have one number per pixel, not {image.mode}")
-            pixels = image if mode is None else image.convert(mode)
-            if size is not None:
-                how = Image.Resampling.NEAREST if mode is None else Image.Resampling.BICUBIC
-                pixels = pixels.resize(size[::-1], how, box=_middle(image.size, size))
-            return np.asarray(pixels)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{os.fsdecode(path)} cannot be decoded ({error})") from error
 
 
 def _middle(given: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:

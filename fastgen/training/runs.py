@@ -56,11 +56,7 @@ def start_run(recipe: str, config: Any, run_dir: Path | None = None) -> RunFolde
     config = dataclasses.replace(config, data_root=None if root is None else str(root))
     accelerator = _accelerator(config)
     with agreeing(accelerator):
-        dataset = find_recipe(recipe).load(config.data, root)
-        task = _build(recipe, config, dataset)
-        _check_sizes(task, config.engine.accumulate, accelerator.num_processes)
-        _check_shares(task, config.engine.accumulate, accelerator.num_processes)
-        origin = Origin.of(config_to_dict(recipe, config), dataset)
+        task, origin = _prepare(recipe, config, _load_data(recipe, config), accelerator)
         if config.engine.init_from is not None:
             _load_newest(task, RunFolder.open(Path(config.engine.init_from)))
     run = _create(run_dir or _default_path(recipe, config.data), origin.config, accelerator)
@@ -98,10 +94,7 @@ def resume_run(
     accelerator = _accelerator(config)
     with agreeing(accelerator):
         dataset = _load_data(recipe, config, data_root)
-        task = _build(recipe, config, dataset)
-        _check_sizes(task, config.engine.accumulate, accelerator.num_processes)
-        _check_shares(task, config.engine.accumulate, accelerator.num_processes)
-        origin = Origin.of(config_to_dict(recipe, config), dataset)
+        task, origin = _prepare(recipe, config, dataset, accelerator)
     engine = Engine(task, config.engine, run, accelerator, origin)
     engine.train(resume=True, accept_changes=accept_changes)
     return run
@@ -274,8 +267,18 @@ def _device(task: Task) -> torch.device:
     return next(next(iter(task.modules.values())).parameters()).device
 
 
-def _load_data(recipe: str, config: Any, data_root: str | None) -> Any:
+def _load_data(recipe: str, config: Any, data_root: str | None = None) -> Any:
     return find_recipe(recipe).load(config.data, resolve_data_root(data_root or config.data_root))
+
+
+def _prepare(
+    recipe: str, config: Any, dataset: Any, accelerator: Accelerator
+) -> tuple[Task, Origin]:
+    """A task to train, whose batches the processes can share, and what it is trained on."""
+    task = _build(recipe, config, dataset)
+    _check_sizes(task, config.engine.accumulate, accelerator.num_processes)
+    _check_shares(task, config.engine.accumulate, accelerator.num_processes)
+    return task, Origin.of(config_to_dict(recipe, config), dataset)
 
 
 def _build(recipe: str, config: Any, dataset: Any) -> Task:

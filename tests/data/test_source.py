@@ -184,8 +184,35 @@ def test_a_file_that_is_no_image_names_itself(tmp_path):
     paths[3].write_bytes(paths[3].read_bytes()[:40])
     source = ImageFiles(paths)
     source.take(torch.tensor([0, 1, 2, 4, 5]))
-    with pytest.raises(DataError, match=r"3\.png cannot be decoded"):
+    with pytest.raises(DataError, match=r"3\.png cannot be read as an image"):
         source.take(torch.arange(6))
+
+
+def test_what_image_folders_refuse_is_refused(tmp_path):
+    """Pictures that are not what they seem: see-through, moving, of more than 8 bits; no files."""
+    still, moving = Image.new("RGB", (4, 5)), Image.new("RGB", (4, 5), "red")
+    Image.new("RGBA", (4, 5), (1, 2, 3, 9)).save(tmp_path / "clear.png")
+    still.save(tmp_path / "film.png", save_all=True, append_images=[moving])
+    Image.fromarray(np.zeros((5, 4), np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "folder.png").mkdir()
+    for name, problem in (
+        ("clear.png", "has transparent pixels"),
+        ("film.png", "is animated"),
+        ("deep.png", "more than 8 bits"),
+        ("folder.png", "is not a regular file"),
+    ):
+        with pytest.raises(DataError, match=rf"{name} {problem}|{name} has {problem}"):
+            ImageFiles([tmp_path / name])
+    (image,) = ImageFiles([tmp_path / "clear.png"], channels=4).take(torch.arange(1))["images"]
+    assert image.flatten(1).unique(dim=1).flatten().tolist() == [1, 2, 3, 9]
+
+
+def test_masks_may_have_many_labels(tmp_path):
+    paths, _ = image_files(tmp_path, 1, size=(5, 4))
+    numbers = np.arange(20, dtype=np.uint16).reshape(5, 4) * 3000
+    Image.fromarray(numbers).save(tmp_path / "mask.png")
+    (mask,) = ImageFiles(paths, masks=[tmp_path / "mask.png"]).take(torch.arange(1))["masks"]
+    assert torch.equal(mask, torch.from_numpy(numbers.astype(np.int64)))
 
 
 def test_other_sizes_are_named(tmp_path):
@@ -198,10 +225,14 @@ def test_other_sizes_are_named(tmp_path):
 
 def test_a_mask_must_be_numbers_of_its_image(tmp_path):
     paths, _ = image_files(tmp_path)
-    with pytest.raises(DataError, match=r"0\.png cannot be decoded \(a mask must have one number"):
+    with pytest.raises(
+        DataError, match=r"0\.png is no mask: it must have one label number per pixel, not RGB"
+    ):
         ImageFiles(paths, masks=paths).take(torch.arange(1))
     Image.new("L", (9, 9)).save(tmp_path / "mask.png")
-    with pytest.raises(DataError, match=r"mask\.png must be a mask .* 4x5, got .*\(9, 9\)"):
+    with pytest.raises(
+        DataError, match=r"mask\.png must be a mask of its image.s size, 4x5, got 9x9"
+    ):
         ImageFiles(paths[:1], masks=[tmp_path / "mask.png"]).take(torch.arange(1))
 
 
@@ -219,7 +250,7 @@ def test_files_that_cannot_be_read_by_rows(tmp_path):
     with zipfile.ZipFile(tmp_path / "empty.npz", "w"):
         pass
     for name, member, problem in (
-        ("objects.npy", None, "arrays of numbers"),
+        ("objects.npy", None, "holds Python objects"),
         ("fortran.npy", None, "C order"),
         ("short.npy", None, "only 72 bytes follow"),
         ("packed.npz", "a", "compressed"),
@@ -270,3 +301,11 @@ def test_a_dataset_without_numbers_is_refused():
         DatasetSource(Squares(), ("images",)).take(torch.arange(2))
     with pytest.raises(TypeError, match="mappings or tuples, got int"):
         DatasetSource([1, 2]).take(torch.arange(2))
+
+
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 19)
+    paths, _ = image_files(tmp_path, size=(5, 4))
+    for make in (lambda: ImageFiles(paths), lambda: ImageFiles(paths, size=(2, 2)).take(ROWS)):
+        with pytest.raises(DataError, match=r"\d\.png cannot be read as an image \(Image size"):
+            make()
